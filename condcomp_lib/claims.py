@@ -1,0 +1,85 @@
+"""Claims: what a paper or this companion asserts, judged by an interval; and the record of how each was judged.
+
+A claim that fails stays in, marked refuted. What must not happen unnoticed is that a verdict *changes*: the recorded
+verdicts lie in `data/verdicts.csv`, and notebooks compare with them.
+"""
+
+import csv
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from condcomp_lib import paths
+from condcomp_lib.errors import CondcompError
+from condcomp_lib.stats import Interval
+
+VERDICTS = ("holds", "refuted", "undecided")
+
+
+class ChangedVerdict(CondcompError):
+    """A claim's verdict differs from the recorded one, or a claim has no recorded verdict."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One assertion with its evidence: `source` is an id of `published.csv` or "ours", `rule` the test in words."""
+
+    id: str
+    source: str
+    statement: str
+    interval: Interval
+    rule: str
+    verdict: str
+
+
+def judge(id: str, source: str, statement: str, interval: Interval, *, above: float | None = None,
+          below: float | None = None) -> Claim:  # fmt: skip
+    """The claim that the interval lies wholly above (or below) a level.
+
+    "holds" when it does, "refuted" when it lies wholly on the other side, "undecided" when it contains the level or
+    comes from a single run (its ends are NaN).
+
+    >>> judge("toy", "ours", "more than half", Interval(0.7, 0.6, 0.8, 5, 0.95), above=0.5).verdict
+    'holds'
+    """
+    if (above is None) == (below is None):
+        raise CondcompError(f"claim {id!r} needs one of above= and below=, not both or neither")
+    level = above if above is not None else below
+    assert level is not None
+    higher, lower = interval.low > level, interval.high < level
+    holds, fails = (higher, lower) if above is not None else (lower, higher)
+    verdict = "holds" if holds else "refuted" if fails else "undecided"
+    return Claim(id, source, statement, interval, f"{'above' if above is not None else 'below'} {level:g}", verdict)
+
+
+def recorded(path: Path | None = None) -> dict[str, str]:
+    """The recorded verdicts by claim id."""
+    path = path or paths.verdicts_csv()
+    with path.open(newline="", encoding="utf-8") as stream:
+        verdicts = {row["claim"]: row["verdict"] for row in csv.DictReader(stream)}
+    for claim, verdict in verdicts.items():
+        if verdict not in VERDICTS:
+            raise CondcompError(f"{path} gives {claim!r} the verdict {verdict!r}; known: {', '.join(VERDICTS)}")
+    return verdicts
+
+
+def check_verdicts(claims: Iterable[Claim], profile: str, path: Path | None = None) -> list[Claim]:
+    """Return the claims when every verdict is what it should be, raise ChangedVerdict otherwise.
+
+    Paper profile: the recorded one, whichever it is. Quick profile: digits are too few to overturn or confirm a small
+    effect, so a claim may be undecided there, and fails only where the recorded "holds" turns into "refuted".
+    """
+    claims, known = list(claims), recorded(path)
+    wrong = []
+    for claim in claims:
+        expected = known.get(claim.id)
+        if profile == "quick":
+            if expected == "holds" and claim.verdict == "refuted":
+                wrong.append(f"{claim.id}: holds at paper scale, refuted on digits ({claim.interval})")
+        elif expected is None:
+            wrong.append(f"{claim.id}: {claim.verdict} ({claim.interval}), no verdict recorded in data/verdicts.csv")
+        elif expected != claim.verdict:
+            wrong.append(f"{claim.id}: was {expected}, is now {claim.verdict} ({claim.interval})")
+    if wrong:
+        raise ChangedVerdict("changed verdicts: " + "; ".join(wrong))
+    return claims

@@ -1,0 +1,235 @@
+"""The `condcomp` command."""
+
+import contextlib
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from condcomp_lib import __version__
+from condcomp_lib.errors import CondcompError, UsageError
+
+# Modules that pull in torch or Jupyter are imported by the commands that need them, so that --help answers at once.
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+data_app = typer.Typer(no_args_is_help=True, help="Fetch data sets, or check the copies that lie here.")
+bench_app = typer.Typer(no_args_is_help=True, help="Measure speed on this machine.")
+app.add_typer(data_app, name="data")
+app.add_typer(bench_app, name="bench")
+
+Profile = Annotated[str, typer.Option(help="quick (digits, from scratch) or paper (the stored runs)")]
+Jobs = Annotated[int | None, typer.Option(min=1, help="processes at a time; default: one per core")]
+
+
+def main() -> None:
+    """Entry point: errors of this library become one line on standard error and their exit code."""
+    try:
+        app()
+    except CondcompError as error:
+        typer.secho(f"condcomp: {error}", err=True, fg="red")
+        sys.exit(error.exit_code)
+
+
+@app.command()
+def reproduce(
+    profile: Profile = "quick",
+    notebook: Annotated[list[str] | None, typer.Option(help="only this notebook (repeatable)")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="notebooks at a time")] = 1,
+    parameter: Annotated[list[str] | None, typer.Option("--parameter", "-p", help="name=value, repeatable")] = None,
+    reference: Annotated[bool, typer.Option(help="write the executed notebooks beside their texts")] = False,
+) -> None:
+    """Execute the notebooks headlessly, write their figures and tables, and check that all promised ones are there."""
+    from condcomp_lib import paths
+    from condcomp_lib import reproduce as runner
+
+    paths.check_profile(profile)
+    wanted = runner.select(notebook)
+    if reference and (profile != "paper" or parameter):
+        raise UsageError("--reference goes with --profile paper and without --parameter")
+    parameters = {} if reference else {**runner.profile_parameters(profile), **_parse(parameter or [])}
+    started = time.time()
+    executions = runner.execute(wanted, profile, parameters, jobs=jobs)
+    failed = [execution for execution in executions if execution.error]
+    wrong = runner.check_promises([e.notebook for e in executions if not e.error], profile, since=started)
+    if reference and not failed and not wrong:
+        for execution in executions:
+            typer.echo(f"reference: {runner.write_reference(execution).name}")
+    _summarise(executions, profile, time.time() - started)
+    for execution in failed:
+        typer.secho(f"failed: {execution.error}", err=True, fg="red")
+    for line in wrong:
+        typer.secho(f"promise broken: {line}", err=True, fg="red")
+    if failed or wrong:
+        raise typer.Exit(1)
+
+
+def _parse(given: list[str]) -> dict[str, Any]:
+    import yaml
+
+    parsed = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not (name and equals):
+            raise UsageError(f"--parameter takes name=value, not {text!r}")
+        parsed[name] = yaml.safe_load(value)
+    return parsed
+
+
+def _summarise(executions: list[Any], profile: str, seconds: float) -> None:
+    from condcomp_lib import paths, studies
+    from condcomp_lib.claims import VERDICTS
+
+    done = {e.notebook for e in executions if not e.error}
+    typer.echo(f"\n{'notebook':<24}{'seconds':>9}  result")
+    for execution in executions:
+        typer.echo(f"{execution.notebook:<24}{execution.seconds:>9.1f}  {'FAILED' if execution.error else 'ok'}")
+    for study in (studies.get(name) for name in studies.NAMES):
+        if study.notebook in done:
+            claims = study.claims(studies.records(study.name, profile, partial=True))
+            counts = [f"{sum(c.verdict == v for c in claims)} {v}" for v in VERDICTS]
+            typer.echo(f"claims of {study.name}: {', '.join(counts)}")
+    folder = paths.figures(profile)
+    typer.echo(f"figures and tables: {folder} ({len(list(folder.glob('*.json')))})")
+    typer.echo(f"executed notebooks: {paths.build() / profile}")
+    typer.echo(f"profile {profile}: {seconds:.0f} s")
+
+
+@app.command()
+def run(
+    study: Annotated[str, typer.Argument(help="the study's name, or 'all'")],
+    profile: Profile = "paper",
+    jobs: Jobs = None,
+    backend: Annotated[str, typer.Option(help="joblib backend: loky (processes), sequential, dask, ...")] = "loky",
+    threads: Annotated[int, typer.Option(min=1, help="torch threads of each process")] = 1,
+) -> None:
+    """Compute the runs of a study that the store lacks."""
+    from condcomp_lib import paths, studies
+
+    paths.check_profile(profile)
+    for name in studies.NAMES if study == "all" else [studies.get(study).name]:
+        records = studies.run(name, profile, jobs=jobs, backend=backend, threads=threads)
+        typer.echo(f"{name}: {len(records)} runs in {paths.store(profile)}")
+
+
+@app.command()
+def runs(
+    study: Annotated[str | None, typer.Argument(help="only this study")] = None,
+    csv: Annotated[bool, typer.Option("--csv", help="every column, comma separated")] = False,
+    profile: Profile = "paper",
+) -> None:
+    """List the stored runs."""
+    from condcomp_lib import paths, studies
+    from condcomp_lib.runs import RunStore, table
+
+    names = [studies.get(study).name] if study else studies.NAMES
+    store = RunStore(paths.store(paths.check_profile(profile)))
+    found = table(record for name in names for record in store.records(name))
+    if csv:
+        typer.echo(found.to_csv(index=False), nl=False)
+    else:
+        columns = ["study", "recipe", "dataset", "architecture", "pretraining", "target_seed", "accuracy", "seconds"]
+        typer.echo(found[columns].to_string(index=False) if len(found) else f"no runs in {store.folder}")
+
+
+@app.command()
+def audit(
+    sample: Annotated[int, typer.Option(min=1, help="how many stored runs of each study")] = 2,
+    study: Annotated[str | None, typer.Argument(help="only this study")] = None,
+    seed: Annotated[int, typer.Option(help="which runs are drawn")] = 0,
+) -> None:
+    """Compute a random sample of the stored runs from scratch and compare within a stated tolerance."""
+    from condcomp_lib import studies
+    from condcomp_lib.runs import RunStore
+
+    disagreeing = 0
+    for name in [studies.get(study).name] if study else studies.NAMES:
+        with tempfile.TemporaryDirectory(prefix="condcomp-audit-") as folder:
+            rows = studies.audit(name, "paper", sample=sample, artefacts=RunStore(folder), seed=seed)
+        for row in rows:
+            typer.echo(
+                f"{name} {row.name} {row.field}: stored {row.stored:.4f}, recomputed {row.recomputed:.4f}, "
+                f"allowed difference {row.allowed:.4f}: {'agrees' if row.agrees else 'DISAGREES'}"
+            )
+        disagreeing += sum(not row.agrees for row in rows)
+        typer.echo(f"{name}: {len({row.name for row in rows})} runs recomputed")
+    if disagreeing:
+        raise CondcompError(f"{disagreeing} recomputed numbers differ from the stored ones by more than allowed")
+
+
+@data_app.command()
+def fetch(
+    name: Annotated[str, typer.Argument(help="digits, mnist, svhn or cifar10")],
+    protocol: Annotated[str, typer.Option(help="standard; svhn also official, official+extra")] = "standard",
+) -> None:
+    """Make sure that a data set's files are here, downloading what is missing."""
+    from condcomp_lib import datasets
+
+    for path in datasets.fetch(name, protocol):
+        typer.echo(path)
+
+
+@data_app.command()
+def check(name: Annotated[str, typer.Argument(help="digits, mnist, svhn or cifar10")]) -> None:
+    """Say where a data set's files lie and whether their checksums hold."""
+    from condcomp_lib import datasets
+
+    for line in datasets.check(name):
+        typer.echo(line)
+
+
+@bench_app.command("store")
+def bench_store(
+    count: Annotated[int, typer.Option("--runs", min=1, help="runs written and read")] = 200,
+    json_file: Annotated[Path | None, typer.Option("--json", help="also write the figures here")] = None,
+) -> None:
+    """What the run store costs: milliseconds to write a run, to find it again, and to list one of many."""
+    from condcomp_lib.runs import Outcome, RunSpec, RunStore
+
+    specs = [RunSpec("bench", 1, {"seed": seed}) for seed in range(count)]
+    figures = {"runs": float(count)}
+    with tempfile.TemporaryDirectory(prefix="condcomp-bench-") as folder:
+        store = RunStore(folder)
+        with _timed(figures, "write_ms", count):
+            for spec in specs:
+                store.obtain(spec, lambda _: Outcome({"accuracy": 0.5}))
+        with _timed(figures, "read_ms", count):
+            for spec in specs:
+                store.get(spec)
+        with _timed(figures, "list_ms", count):
+            list(store.records())
+    for name, value in figures.items():
+        typer.echo(f"{name:<10}{value:>10.3f}")
+    if json_file:
+        import json
+
+        from condcomp_lib.files import write_atomically
+
+        write_atomically(json_file, (json.dumps(figures, indent=1) + "\n").encode())
+
+
+@contextlib.contextmanager
+def _timed(figures: dict[str, float], name: str, count: int) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    figures[name] = 1000 * (time.perf_counter() - started) / count
+
+
+@app.command()
+def readme(check: Annotated[bool, typer.Option("--check", help="only say whether it is up to date")] = False) -> None:
+    """Write the generated parts of README.md from the stored runs."""
+    from condcomp_lib import readme as generated
+
+    if check:
+        generated.check()
+    else:
+        generated.write()
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    typer.echo(__version__)

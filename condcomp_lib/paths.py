@@ -1,0 +1,106 @@
+"""Where things lie. Every path of the project comes from here, never from the working directory.
+
+Four environment variables move what does not belong to a checkout: `CONDCOMP_DATA` (the data sets), `CONDCOMP_CACHE`
+(downloads and trained weights), `CONDCOMP_STORE` (the finished runs of the paper profile) and `CONDCOMP_QUICK_STORE`
+(those of the quick profile, otherwise a temporary folder of the process).
+"""
+
+import atexit
+import functools
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import platformdirs
+
+from condcomp_lib.errors import CondcompError, unknown
+
+PROFILES = ("quick", "paper")
+
+
+def root() -> Path:
+    """The repository: the folder that holds `notebooks/`, `data/` and `figures/`.
+
+    Raises CondcompError when the library was installed without its repository.
+    """
+    folder = Path(__file__).resolve().parents[1]
+    if not (folder / "notebooks").is_dir():
+        raise CondcompError(
+            f"{folder} holds no notebooks/: this command needs a checkout (git clone, then pip install -e .)"
+        )
+    return folder
+
+
+def check_profile(profile: str) -> str:
+    """Return `profile` when it is known, raise UsageError otherwise."""
+    if profile not in PROFILES:
+        raise unknown("profile", profile, PROFILES)
+    return profile
+
+
+def notebooks() -> Path:
+    """Folder of the notebooks' texts and executed references."""
+    return root() / "notebooks"
+
+
+def published_csv() -> Path:
+    """The papers' numbers by id."""
+    return root() / "data" / "published.csv"
+
+
+def verdicts_csv() -> Path:
+    """The recorded verdict of every claim at paper scale."""
+    return root() / "data" / "verdicts.csv"
+
+
+def figures(profile: str) -> Path:
+    """Folder of the figures and tables of one profile (`figures/quick` is not under version control)."""
+    return root() / "figures" / check_profile(profile)
+
+
+def build() -> Path:
+    """Folder of executed notebooks and other throw-away results."""
+    return root() / "build"
+
+
+def cache() -> Path:
+    """The user's cache: `$CONDCOMP_CACHE`, else the system's usual place."""
+    return Path(os.environ.get("CONDCOMP_CACHE") or platformdirs.user_cache_dir("condcomp")).expanduser()
+
+
+def data_folders() -> list[Path]:
+    """Folders searched for data sets, in order: `$CONDCOMP_DATA` where set, then the user cache."""
+    given = os.environ.get("CONDCOMP_DATA")
+    return ([Path(given).expanduser()] if given else []) + [cache() / "data"]
+
+
+def store(profile: str) -> Path:
+    """Folder of the finished runs of one profile."""
+    if check_profile(profile) == "quick":
+        return _quick() / "runs"
+    return Path(os.environ.get("CONDCOMP_STORE") or root() / "data" / "runs").expanduser()
+
+
+def artefacts(profile: str) -> Path:
+    """Folder of trained weights: in the user's cache for the paper profile, beside the temporary runs for quick."""
+    return _quick() / "artefacts" if check_profile(profile) == "quick" else cache() / "artefacts"
+
+
+def _quick() -> Path:
+    given = os.environ.get("CONDCOMP_QUICK_STORE")
+    return Path(given).expanduser() if given else _process_folder()
+
+
+@functools.cache
+def _process_folder() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="condcomp-quick-"))
+    # Sweeps' worker processes must meet the same folder, so its name goes into the environment they inherit.
+    os.environ["CONDCOMP_QUICK_STORE"] = str(folder)
+    atexit.register(_remove, folder, os.getpid())
+    return folder
+
+
+def _remove(folder: Path, owner: int) -> None:
+    if os.getpid() == owner:  # a forked child must not take the folder from its parent
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,125 @@
+"""Figures. A plot function takes data and axes, returns the axes, and never computes, seeds, reads or shows.
+
+`save_figure` alone knows the folder, the formats and the metadata that keep regenerated files byte-identical.
+"""
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from condcomp_lib import manifest
+from condcomp_lib.runs import Record
+
+# Okabe and Ito's palette: distinct for colour-blind readers and in grey.
+BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, GREY = (
+    "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#666666",
+)  # fmt: skip
+STYLE: Any = {  # Any: matplotlib types its keys one by one
+    "figure.dpi": 100,
+    "savefig.dpi": 150,
+    "figure.constrained_layout.use": True,
+    "font.size": 10,
+    "axes.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "legend.frameon": False,
+    "svg.hashsalt": "condcomp",  # ids inside an SVG are random without it
+}
+
+
+def use_style() -> None:
+    """Apply the project's style to the figures that follow (the notebooks' first cell calls it)."""
+    mpl.rcParams.update(STYLE)
+
+
+def save_figure(fig: Figure, name: str, records: Sequence[Record], profile: str) -> None:
+    """Write `fig` as PNG and SVG with its provenance sidecar; the same data give the same bytes."""
+    files = {}
+    with mpl.rc_context(STYLE):
+        for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None, "Creator": None})):
+            stream = io.BytesIO()
+            fig.savefig(stream, format=suffix[1:], metadata=metadata)
+            files[suffix] = stream.getvalue()
+    manifest.save(name, files, records, profile)
+
+
+def skipping(curves: Mapping[str, tuple[Sequence[float], np.ndarray]], ax: Axes | None = None) -> Axes:
+    """Accuracy ratio against a share, one line per rule, every run as a thin line behind its median.
+
+    `curves` maps a rule's label to its x values (shares, points) and its ratios (seeds x points).
+    """
+    ax = ax or plt.subplots()[1]
+    for (label, (x, ratios)), colour in zip(curves.items(), (BLUE, VERMILION, GREEN), strict=False):
+        percent = 100 * np.asarray(x)
+        for run in ratios:
+            ax.plot(percent, run, color=colour, alpha=0.3, linewidth=0.8)
+        ax.plot(percent, np.median(ratios, axis=0), color=colour, marker="o", markersize=3, label=label)
+    ax.axhline(1, color=GREY, linewidth=0.8, linestyle=":")
+    ax.set(xscale="log", xlim=(1.8, 110), ylim=(0, 1.08), ylabel="accuracy ratio (lazy / dense)")
+    ticks = (2, 5, 10, 25, 50, 100)
+    ax.set_xticks(ticks, [f"{tick}%" for tick in ticks])
+    ax.minorticks_off()
+    return ax
+
+
+def activity_by_layer(groups: Mapping[str, np.ndarray], ax: Axes | None = None) -> Axes:
+    """Share of neurons that fire, by network and layer, every run as a point.
+
+    `groups` maps a network's label to its shares (seeds x layers).
+    """
+    ax = ax or plt.subplots()[1]
+    colours, position, centres = (BLUE, SKY, GREEN), 0.0, []
+    for shares in groups.values():
+        layers = shares.shape[1]
+        for layer in range(layers):
+            x = position + layer
+            label = f"layer {layer + 1}"
+            known = ax.get_legend_handles_labels()[1]
+            ax.bar(x, 100 * np.median(shares[:, layer]), 0.85, color=colours[layer % 3], alpha=0.55,
+                   label=label if label not in known else None)  # fmt: skip
+            ax.plot(np.full(len(shares), x), 100 * shares[:, layer], "o", color="black", markersize=2.5)
+        centres.append(position + (layers - 1) / 2)
+        position += layers + 0.8
+    ax.set_xticks(centres, list(groups))
+    ax.set(ylim=(0, 100), ylabel="neurons above zero (% of the layer)")
+    ax.grid(axis="x", visible=False)
+    ax.legend(loc="upper right", ncols=3)
+    return ax
+
+
+def firing(activations: Sequence[np.ndarray], ax: Axes | None = None) -> Axes:
+    """The neurons of each hidden layer on one example: dark where they fire, white where they are at zero."""
+    ax = ax or plt.subplots()[1]
+    width = max(len(layer) for layer in activations)
+    rows = np.full((len(activations), width), np.nan)
+    for row, layer in zip(rows, activations, strict=True):
+        row[: len(layer)] = layer / (layer.max() or 1)
+    ax.imshow(rows, cmap="Blues", aspect="auto", vmin=0, vmax=1, interpolation="nearest")
+    ax.set_yticks(range(len(activations)), [f"layer {index + 1}" for index in range(len(activations))])
+    ax.spines[:].set_visible(False)
+    ax.set(xlabel="neuron")
+    ax.grid(visible=False)
+    return ax
+
+
+def digit(image: np.ndarray, title: str, ax: Axes | None = None) -> Axes:
+    """One grey image (height x width) with its title."""
+    ax = ax or plt.subplots()[1]
+    ax.imshow(image, cmap="gray_r", interpolation="nearest")
+    ax.spines[:].set_visible(False)
+    ax.set(xticks=[], yticks=[], title=title)
+    ax.grid(visible=False)
+    return ax
+
+
+def close(figures: Any = "all") -> None:
+    """Close figures that are saved and shown."""
+    plt.close(figures)

@@ -1,0 +1,57 @@
+"""The generated parts of README.md: numbers and tables come from the stored runs, never from typing."""
+
+import json
+import re
+
+import pandas as pd
+
+from condcomp_lib import paths, studies, tables
+from condcomp_lib.errors import CondcompError
+from condcomp_lib.files import write_atomically
+from condcomp_lib.studies import start
+
+
+class StaleReadme(CondcompError):
+    """README.md does not say what the stored runs say."""
+
+
+def write() -> None:
+    """Rewrite the generated parts of README.md in place."""
+    path = paths.root() / "README.md"
+    write_atomically(path, fill(path.read_text(encoding="utf-8"), blocks()).encode())
+
+
+def check() -> None:
+    """Raise StaleReadme when a generated part is out of date."""
+    text = (paths.root() / "README.md").read_text(encoding="utf-8")
+    if fill(text, blocks()) != text:
+        raise StaleReadme("README.md is out of date with the stored runs; write it anew with: condcomp readme")
+
+
+def fill(text: str, parts: dict[str, str]) -> str:
+    """Put each part between its markers `<!-- begin NAME -->` and `<!-- end NAME -->`.
+
+    >>> fill("<!-- begin n -->old<!-- end n -->", {"n": "new"})
+    '<!-- begin n -->\\nnew\\n<!-- end n -->'
+    """
+    for name, content in parts.items():
+        pattern = re.compile(rf"(<!-- begin {name} -->).*?(<!-- end {name} -->)", re.DOTALL)
+        pieces = pattern.split(text)
+        if len(pieces) != 4:
+            raise CondcompError(f"README.md has {len(pieces) // 3} parts '<!-- begin {name} -->'; it needs exactly one")
+        text = f"{pieces[0]}{pieces[1]}\n{content}\n{pieces[2]}{pieces[3]}"
+    return text
+
+
+def blocks() -> dict[str, str]:
+    """The generated parts by name."""
+    records = studies.records("start", "paper")
+    rows = studies.overview()
+    answered = sum(row["ours"] != "not yet" for row in rows)
+    times = json.loads((paths.root() / "data" / "timings.json").read_text(encoding="utf-8"))
+    return {
+        "targets": tables.markdown(tables.frame(start.summary(records))),
+        "items": tables.markdown(pd.DataFrame(studies.items())),
+        "answered": f"{answered} of {len(rows)} published numbers have ours beside them so far.",
+        "times": tables.markdown(pd.DataFrame(times["rows"])) + f"\n\nMeasured on {times['machine']}.",
+    }
