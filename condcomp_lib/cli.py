@@ -1,10 +1,8 @@
 """The `condcomp` command."""
 
-import contextlib
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +20,7 @@ app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
 
 Profile = Annotated[str, typer.Option(help="quick (digits, from scratch) or paper (the stored runs)")]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="also write the figures here")]
 Jobs = Annotated[int | None, typer.Option(min=1, help="processes at a time; default: one per core")]
 
 
@@ -184,38 +183,35 @@ def check(name: Annotated[str, typer.Argument(help="digits, mnist, svhn or cifar
 @bench_app.command("store")
 def bench_store(
     count: Annotated[int, typer.Option("--runs", min=1, help="runs written and read")] = 200,
-    json_file: Annotated[Path | None, typer.Option("--json", help="also write the figures here")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """What the run store costs: milliseconds to write a run, to find it again, and to list one of many."""
-    from condcomp_lib.runs import Outcome, RunSpec, RunStore
+    from condcomp_lib import bench
 
-    specs = [RunSpec("bench", 1, {"seed": seed}) for seed in range(count)]
-    figures = {"runs": float(count)}
-    with tempfile.TemporaryDirectory(prefix="condcomp-bench-") as folder:
-        store = RunStore(folder)
-        with _timed(figures, "write_ms", count):
-            for spec in specs:
-                store.obtain(spec, lambda _: Outcome({"accuracy": 0.5}))
-        with _timed(figures, "read_ms", count):
-            for spec in specs:
-                store.get(spec)
-        with _timed(figures, "list_ms", count):
-            list(store.records())
+    figures = bench.store(count)
     for name, value in figures.items():
         typer.echo(f"{name:<10}{value:>10.3f}")
-    if json_file:
-        import json
-
-        from condcomp_lib.files import write_atomically
-
-        write_atomically(json_file, (json.dumps(figures, indent=1) + "\n").encode())
+    _write_json(json_file, figures)
 
 
-@contextlib.contextmanager
-def _timed(figures: dict[str, float], name: str, count: int) -> Iterator[None]:
-    started = time.perf_counter()
-    yield
-    figures[name] = 1000 * (time.perf_counter() - started) / count
+@bench_app.command("commands")
+def bench_commands(json_file: JsonFile = None) -> None:
+    """The two commands as a newcomer types them: a fresh clone, a fresh environment, every test. Takes minutes."""
+    from condcomp_lib import bench
+
+    figures = bench.commands()
+    for row in figures["rows"]:
+        typer.echo(f"{row['command']:<18}{row['seconds']:>6} s")
+    _write_json(json_file, figures)
+
+
+def _write_json(path: Path | None, figures: dict[str, Any]) -> None:
+    import json
+
+    from condcomp_lib.files import write_atomically
+
+    if path:
+        write_atomically(path, (json.dumps(figures, indent=1) + "\n").encode())
 
 
 @app.command()

@@ -1,8 +1,8 @@
 """Where things lie. Every path of the project comes from here, never from the working directory.
 
-Four environment variables move what does not belong to a checkout: `CONDCOMP_DATA` (the data sets), `CONDCOMP_CACHE`
-(downloads and trained weights), `CONDCOMP_STORE` (the finished runs of the paper profile) and `CONDCOMP_QUICK_STORE`
-(those of the quick profile, otherwise a temporary folder of the process).
+Environment variables move what need not lie in a checkout: `CONDCOMP_DATA` (the data sets), `CONDCOMP_CACHE` (downloads
+and trained weights), `CONDCOMP_STORE` (the finished runs of the paper profile), `CONDCOMP_QUICK_STORE` (those of the
+quick profile, otherwise a temporary folder of the process) and `CONDCOMP_FIGURES` (figures and tables).
 """
 
 import atexit
@@ -56,7 +56,7 @@ def verdicts_csv() -> Path:
 
 def figures(profile: str) -> Path:
     """Folder of the figures and tables of one profile (`figures/quick` is not under version control)."""
-    return root() / "figures" / check_profile(profile)
+    return Path(os.environ.get("CONDCOMP_FIGURES") or root() / "figures").expanduser() / check_profile(profile)
 
 
 def build() -> Path:

@@ -68,6 +68,7 @@ def read(name: str, folder: Path | None = None) -> nbformat.NotebookNode:
     """The notebook made from its text, cells named by position so that equal texts give equal files."""
     path = (folder or paths.notebooks()) / f"{name}.py"
     notebook = jupytext.reads(path.read_text(encoding="utf-8"), fmt="py:percent")
+    notebook.metadata.setdefault("kernelspec", {"name": "python3", "display_name": "Python 3", "language": "python"})
     for index, cell in enumerate(notebook.cells):
         cell["id"] = f"cell-{index:02}"
     tagged = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]

@@ -136,12 +136,7 @@ class RunStore:
 
     def get(self, spec: RunSpec) -> Record | None:
         """The record of `spec`; None when there is none, or when it is corrupt (which is reported by a warning)."""
-        path = self.path(spec)
-        record = self._read(path)
-        if record is not None and record.name != spec.name:
-            _report(path, "holds another run than its name says")
-            return None
-        return record
+        return self._read(self.path(spec))
 
     def records(self, study: str | None = None) -> Iterator[Record]:
         """Every intact record of one study, or of all, in the order of their names."""
@@ -233,6 +228,8 @@ class RunStore:
             record = self._record(path, body)
         except (ValueError, KeyError, TypeError, AttributeError, SpecError) as error:
             return None, f"is not a run record ({type(error).__name__})"
+        if record.name != path.stem:
+            return None, f"holds another run than its name says ({record.name})"
         if record.arrays_file is not None:
             if not record.arrays_file.exists():
                 return None, f"lacks its arrays ({record.arrays_file.name})"

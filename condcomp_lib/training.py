@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,11 +11,17 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from condcomp_lib.datasets import Dataset, Split
-from condcomp_lib.errors import CondcompError
+from condcomp_lib.errors import CondcompError, unknown
 from condcomp_lib.runs import Outcome, Record, RunSpec, RunStore
 from condcomp_lib.targets import MLP, hidden_widths
 
 RECIPE = 1
+
+# Factor of the learning rate at each step, for the number of steps in all epochs.
+SCHEDULES: dict[str, Callable[[int], Callable[[int], float]]] = {
+    "constant": lambda _: lambda _: 1.0,
+    "cosine": lambda steps: lambda step: 0.5 * (1 + math.cos(math.pi * step / steps)),
+}
 
 
 class TrainingError(CondcompError):
@@ -27,19 +34,23 @@ def target_spec(
     *,
     target_seed: int,
     epochs: int = 20,
-    patience: int = 5,
+    patience: int | None = None,
     batch: int = 128,
     learning_rate: float = 1e-3,
+    schedule: str = "cosine",
     activation: str = "relu",
 ) -> RunSpec:
-    """The run that trains one target: Adam, cross-entropy, early stopping on validation accuracy.
+    """The run that trains one target: Adam, cross-entropy, the weights of the epoch with the best validation accuracy.
 
     Arguments: `dataset` and `architecture` by name ("svhn", "3x800"); `epochs` at most, fewer when validation accuracy
-    has not risen for `patience` epochs; `batch` examples a step.
+    has not risen for `patience` epochs (None: never stop early); `batch` examples a step; `schedule` of the learning
+    rate, "constant" or "cosine" (falling to zero over all epochs).
 
     >>> target_spec("digits", "2x64", target_seed=0).settings["learning_rate"]
     0.001
     """
+    if schedule not in SCHEDULES:
+        raise unknown("schedule", schedule, SCHEDULES)
     settings = {
         "dataset": dataset,
         "architecture": architecture,
@@ -47,6 +58,7 @@ def target_spec(
         "pretraining": "none",
         "optimiser": "adam",
         "learning_rate": learning_rate,
+        "schedule": schedule,
         "batch": batch,
         "max_epochs": epochs,
         "patience": patience,
@@ -64,19 +76,21 @@ def obtain_target(spec: RunSpec, data: Dataset, artefacts: RunStore) -> tuple[ML
 
 
 def build(spec: RunSpec, data: Dataset) -> MLP:
-    """The untrained target of `spec` for the width and classes of `data`."""
+    """The untrained target of `spec` for the width and classes of `data`, initialised from its seed."""
     widths = hidden_widths(spec.settings["architecture"])
-    return MLP(data.train.x.shape[1], widths, data.classes, spec.settings["activation"])
+    with torch.random.fork_rng(devices=[]):  # torch initialises layers from its global generator; leave that untouched
+        torch.manual_seed(spec.settings["target_seed"])
+        return MLP(data.train.x.shape[1], widths, data.classes, spec.settings["activation"])
 
 
 def train_target(spec: RunSpec, data: Dataset) -> Outcome:
     """Train the target of `spec`; the arrays are the weights of the epoch with the best validation accuracy."""
     settings = spec.settings
-    with torch.random.fork_rng(devices=[]):  # torch initialises layers from its global generator; leave that untouched
-        torch.manual_seed(settings["target_seed"])
-        model = build(spec, data)
+    model = build(spec, data)
     generator = torch.Generator().manual_seed(settings["target_seed"])
     optimiser = torch.optim.Adam(model.parameters(), lr=settings["learning_rate"])
+    steps = settings["max_epochs"] * math.ceil(len(data.train) / settings["batch"])
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, SCHEDULES[settings["schedule"]](steps))
     x, y = torch.from_numpy(data.train.x), torch.from_numpy(data.train.y)
     best: dict[str, Any] = {"accuracy": -1.0, "epoch": 0, "state": {}}
     curve = []
@@ -84,16 +98,16 @@ def train_target(spec: RunSpec, data: Dataset) -> Outcome:
         for step, rows in enumerate(torch.randperm(len(x), generator=generator).split(settings["batch"])):
             loss = cross_entropy(model(x[rows]), y[rows])
             if not math.isfinite(loss.item()):
-                raise TrainingError(
-                    f"the loss became {loss.item()} at epoch {epoch}, step {step}; lower the learning rate"
-                )
+                what = f"the loss became {loss.item()} at epoch {epoch}, step {step}"
+                raise TrainingError(f"{what}; lower the learning rate ({settings['learning_rate']})")
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             optimiser.step()
+            schedule.step()
         curve.append(accuracy(model, data.valid))
         if curve[-1] > best["accuracy"]:
             best = {"accuracy": curve[-1], "epoch": epoch, "state": copy.deepcopy(model.state_dict())}
-        elif epoch - best["epoch"] >= settings["patience"]:
+        elif settings["patience"] is not None and epoch - best["epoch"] >= settings["patience"]:
             break
     model.load_state_dict(best["state"])
     result = {

@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import functools
+import gc
 import gzip
 import hashlib
 import io
@@ -650,6 +651,9 @@ def server(tmp_path):
     server.shutdown()
     thread.join()
     server.server_close()
+    with warnings.catch_warnings():  # a broken download leaves its connection to the garbage collector, which warns
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
 
 
 def nothing_left(tmp_path):

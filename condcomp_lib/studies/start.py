@@ -19,7 +19,6 @@ from condcomp_lib.datasets import Dataset
 from condcomp_lib.published import Answer
 from condcomp_lib.runs import Outcome, Record, RunSpec, RunStore
 from condcomp_lib.targets import MLP, multiply_adds
-from condcomp_lib.training import RECIPE as TARGET_RECIPE
 from condcomp_lib.training import obtain_target, target_spec
 
 RECIPE = 1
@@ -29,27 +28,36 @@ NETWORKS = {
     "paper": (("mnist", "32"), ("mnist", "256"), ("mnist", "500"), ("svhn", "2x200"), ("svhn", "3x800")),
 }
 SEEDS = {"quick": 3, "paper": 5}
+# Learning rates chosen by the validation accuracy of seed 0 after 12 epochs: among 0.001 and 0.0005 for MNIST (500
+# units), among 0.001, 0.0005, 0.0003 and 0.0002 for SVHN (2x200).
+TRAINING: dict[str, Any] = {
+    "digits": {"batch": 32, "epochs": 40, "learning_rate": 1e-3},
+    "mnist": {"epochs": 20, "learning_rate": 1e-3},
+    "svhn": {"epochs": 12, "learning_rate": 5e-4},
+}
 NO_EXTRA = "trained without the 531,131 extra digits that the paper's 92-94% need"
 
 
 def specs(profile: str) -> list[RunSpec]:
-    """One run per network and target seed."""
-    return [
-        RunSpec("start", RECIPE, {
-            "dataset": dataset, "architecture": architecture, "pretraining": "none", "split": "test",
-            "target_seed": seed, "target_recipe": TARGET_RECIPE,
-        })
-        for dataset, architecture in NETWORKS[profile]
-        for seed in range(SEEDS[profile])
-    ]  # fmt: skip
+    """One run per network and target seed. The name of the target's own run is a setting, so it is part of the name."""
+    found = []
+    for dataset, architecture in NETWORKS[profile]:
+        for seed in range(SEEDS[profile]):
+            settings = {
+                "dataset": dataset,
+                "architecture": architecture,
+                "pretraining": "none",
+                "split": "test",
+                "target_seed": seed,
+            }
+            found.append(RunSpec("start", RECIPE, {**settings, "target": target_of(settings).name}))
+    return found
 
 
 def target_of(settings: Mapping[str, Any]) -> RunSpec:
     """The spec of the target that a run with these settings measures."""
-    few: Any = (
-        {"batch": 32, "epochs": 40} if settings["dataset"] == "digits" else {}
-    )  # 1,077 examples make short epochs
-    return target_spec(settings["dataset"], settings["architecture"], target_seed=settings["target_seed"], **few)
+    dataset = settings["dataset"]
+    return target_spec(dataset, settings["architecture"], target_seed=settings["target_seed"], **TRAINING[dataset])
 
 
 def compute(spec: RunSpec, artefacts: RunStore) -> Outcome:
@@ -191,7 +199,7 @@ def answers(records: Sequence[Record]) -> list[Answer]:
     """This study's numbers beside published ids: the dense baselines."""
     groups = by_network(records)
     wanted = [
-        ("Ds4.01", ("mnist", "500"), "test_error_percent", "Adam, batch 128, early stopping; no weight decay"),
+        ("Ds4.01", ("mnist", "500"), "test_error_percent", "Adam, batch 128, 20 epochs; no weight decay"),
         ("Fs42.02", ("mnist", "256"), "test_error_percent", ""),
         ("Fs42.03", ("mnist", "32"), "test_error_percent", ""),
         ("Ps52.11", ("svhn", "2x200"), "validation_accuracy_percent", NO_EXTRA),

@@ -1,0 +1,12 @@
+"""What all tests share: no test reads or writes the user's own cache or the repository's store by accident."""
+
+import pytest
+import torch
+
+torch.set_num_threads(1)  # what the sweeps use; results depend on it
+
+
+@pytest.fixture(autouse=True)
+def _own_folders(tmp_path, monkeypatch):
+    monkeypatch.setenv("CONDCOMP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("CONDCOMP_QUICK_STORE", str(tmp_path / "quick"))

@@ -1,0 +1,31 @@
+"""A sweep in a process of its own, for tests that kill it: python sweep_child.py STORE JOBS RUNS LOG."""
+
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from condcomp_lib.runs import Outcome, RunSpec, RunStore
+from condcomp_lib.sweep import sweep
+
+LOG = Path(sys.argv[4]) if len(sys.argv) > 4 else None
+
+
+def specs(count):
+    return [RunSpec("toy", 1, {"dataset": "none", "target_seed": seed}) for seed in range(count)]
+
+
+def compute(spec):
+    seed = spec.settings["target_seed"]
+    time.sleep(0.01)
+    if LOG:
+        with LOG.open("a") as stream:  # one short write in append mode is atomic
+            stream.write(f"{seed}\n")
+    return Outcome({"accuracy": seed / 1000}, {"curve": np.full(500, seed)})
+
+
+if __name__ == "__main__":
+    print("ready", flush=True)
+    sweep(specs(int(sys.argv[3])), compute, RunStore(sys.argv[1]), jobs=int(sys.argv[2]), progress=False)
+    print("done", flush=True)

@@ -1,0 +1,132 @@
+"""Sweeps: resuming, failures, two at once, kill -9 at random moments; and the audit."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from sweep_child import compute, specs
+
+from condcomp_lib.errors import CondcompError, UsageError
+from condcomp_lib.runs import Outcome, RunSpec, RunStore, table
+from condcomp_lib.sweep import SweepError, audit, sweep
+
+CHILD = Path(__file__).with_name("sweep_child.py")
+
+
+@pytest.fixture
+def store(tmp_path):
+    return RunStore(tmp_path / "store")
+
+
+def fail_on_two(spec):
+    if spec.settings["target_seed"] == 2:
+        raise ValueError("two is bad")
+    return Outcome({"accuracy": 0.5})
+
+
+def start(store, jobs, count, log=""):
+    child = subprocess.Popen(
+        [sys.executable, str(CHILD), str(store.folder), str(jobs), str(count), *([str(log)] if log else [])],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert child.stdout.readline() == "ready\n"
+    return child
+
+
+def contents(store):
+    """Every finished record as bytes; reading each also proves that it is whole."""
+    with_errors = {record.name: record for record in store.records()}
+    files = {path.stem: path.read_bytes() for path in store.folder.glob("toy/*.json")}
+    assert set(files) == set(with_errors)  # a half record would be reported as a warning, which is an error here
+    return files
+
+
+def test_kill_9_at_random_moments_loses_no_finished_run(store, tmp_path):
+    count, moments, before = 600, random.Random(0), {}
+    for attempt in range(25):
+        child = start(store, jobs=2 if attempt % 5 == 0 else 1, count=count)
+        time.sleep(moments.uniform(0.0, 1.2 if attempt % 5 == 0 else 0.35))
+        os.killpg(child.pid, signal.SIGKILL)
+        child.communicate()
+        after = contents(store)
+        assert {name: after[name] for name in before} == before
+        before = after
+    assert 0 < len(before) < count, "the kills must fall into the sweep, or this test shows nothing"
+    resumed = sweep(specs(count), compute, store, jobs=1, progress=False)
+    straight = sweep(specs(count), compute, RunStore(tmp_path / "straight"), jobs=1, progress=False)
+    columns = [column for column in table(straight).columns if column != "seconds"]
+    assert table(resumed)[columns].equals(table(straight)[columns])
+    assert contents(store) | before == contents(store)
+
+
+def test_two_sweeps_on_one_store_share_the_work(store, tmp_path):
+    log = tmp_path / "log"
+    first, second = start(store, 1, 60, log), start(store, 1, 60, log)
+    for child in (first, second):
+        output, errors = child.communicate(timeout=120)
+        assert (output, child.returncode) == ("done\n", 0), errors
+    assert sorted(map(int, log.read_text().split())) == list(range(60))
+    assert len(contents(store)) == 60
+
+
+def test_processes_and_sequential_give_the_same_records(store, tmp_path):
+    parallel = sweep(specs(6), compute, store, jobs=2, progress=False)
+    straight = sweep(specs(6), compute, RunStore(tmp_path / "other"), backend="sequential", progress=False)
+    assert [(r.name, r.result) for r in parallel] == [(r.name, r.result) for r in straight]
+
+
+def test_a_finished_sweep_computes_nothing_and_keeps_the_order(store):
+    wanted = specs(5)[::-1]
+    sweep(wanted, compute, store, jobs=1, progress=False)
+    again = sweep(wanted, lambda spec: pytest.fail("computed"), store, jobs=1, progress=False)
+    assert [record.spec for record in again] == wanted
+
+
+def test_one_bad_run_does_not_stop_the_others(store, capsys):
+    with pytest.raises(SweepError, match=r"1 of 4 runs failed.*'target_seed': 2.*ValueError: two is bad"):
+        sweep(specs(4), fail_on_two, store, jobs=1, progress=False)
+    assert len(list(store.records())) == 3
+
+
+def test_an_unknown_backend_lists_the_known_ones(store):
+    with pytest.raises(UsageError, match=r"unknown backend 'cloud'; known: .*loky.*sequential"):
+        sweep(specs(1), compute, store, backend="cloud")
+
+
+def test_workers_use_one_torch_thread(store):
+    def threads(spec):
+        import torch
+
+        return Outcome({"accuracy": float(torch.get_num_threads())})
+
+    pytest.importorskip("torch")
+    assert [r.result["accuracy"] for r in sweep(specs(2), threads, store, jobs=2, progress=False)] == [1.0, 1.0]
+    assert [r.provenance["threads"] for r in store.records()] == [1, 1]
+
+
+def test_an_audit_agrees_with_itself_and_notices_a_changed_result(store):
+    records = sweep(specs(8), compute, store, jobs=1, progress=False)
+    rows = audit(records, compute, lambda record: {"accuracy": 1e-9}, sample=3)
+    assert len(rows) == 3
+    assert all(row.agrees for row in rows)
+    changed = audit(records, lambda spec: Outcome({"accuracy": 0.9}), lambda record: {"accuracy": 0.01}, sample=99)
+    assert len(changed) == 8
+    assert not any(row.agrees for row in changed)
+    missing = audit(records, lambda spec: Outcome({}), lambda record: {"accuracy": 0.01}, sample=1)
+    assert not missing[0].agrees
+    with pytest.raises(CondcompError, match="at least one run, not 0"):
+        audit(records, compute, lambda record: {}, sample=0)
+
+
+def test_a_spec_given_twice_is_one_run(store):
+    assert len(sweep(specs(1) * 2, compute, store, jobs=1, progress=False)) == 1
+    assert sweep([], compute, store, progress=False) == []
+    assert RunSpec("toy", 1, {"dataset": "none", "target_seed": 0}) == specs(1)[0]
