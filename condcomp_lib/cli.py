@@ -1,5 +1,6 @@
 """The `condcomp` command."""
 
+import os
 import sys
 import tempfile
 import time
@@ -47,9 +48,14 @@ def reproduce(
 
     paths.check_profile(profile)
     wanted = runner.select(notebook)
-    if reference and (profile != "paper" or parameter):
+    given = _parse(parameter or [])
+    if reference and (profile != "paper" or given):
         raise UsageError("--reference goes with --profile paper and without --parameter")
-    parameters = {} if reference else {**runner.profile_parameters(profile), **_parse(parameter or [])}
+    if "profile" in given:
+        raise UsageError("the profile is chosen by --profile, not by --parameter")
+    if given and not notebook:
+        raise UsageError(f"--parameter goes with --notebook, one of: {', '.join(wanted)}")
+    parameters = {} if reference else {**runner.profile_parameters(profile), **given}
     started = time.time()
     executions = runner.execute(wanted, profile, parameters, jobs=jobs)
     failed = [execution for execution in executions if execution.error]
@@ -74,7 +80,12 @@ def _parse(given: list[str]) -> dict[str, Any]:
         name, equals, value = text.partition("=")
         if not (name and equals):
             raise UsageError(f"--parameter takes name=value, not {text!r}")
-        parsed[name] = yaml.safe_load(value)
+        try:
+            parsed[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UsageError(
+                f"--parameter {name}: {value!r} is no value; quote text as in name='\"a text\"'"
+            ) from error
     return parsed
 
 
@@ -97,6 +108,17 @@ def _summarise(executions: list[Any], profile: str, seconds: float) -> None:
     typer.echo(f"profile {profile}: {seconds:.0f} s")
 
 
+def _check_store(profile: str) -> None:
+    """The quick profile's store is temporary: a command of its own would compute for the bin."""
+    from condcomp_lib import paths
+
+    if paths.check_profile(profile) == "quick" and not os.environ.get("CONDCOMP_QUICK_STORE"):
+        raise UsageError(
+            "the quick profile's runs are temporary; use: condcomp reproduce --profile quick "
+            "(or set CONDCOMP_QUICK_STORE to keep them)"
+        )
+
+
 @app.command()
 def run(
     study: Annotated[str, typer.Argument(help="the study's name, or 'all'")],
@@ -106,9 +128,9 @@ def run(
     threads: Annotated[int, typer.Option(min=1, help="torch threads of each process")] = 1,
 ) -> None:
     """Compute the runs of a study that the store lacks."""
+    _check_store(profile)
     from condcomp_lib import paths, studies
 
-    paths.check_profile(profile)
     for name in studies.NAMES if study == "all" else [studies.get(study).name]:
         records = studies.run(name, profile, jobs=jobs, backend=backend, threads=threads)
         typer.echo(f"{name}: {len(records)} runs in {paths.store(profile)}")
@@ -120,18 +142,26 @@ def runs(
     csv: Annotated[bool, typer.Option("--csv", help="every column, comma separated")] = False,
     profile: Profile = "paper",
 ) -> None:
-    """List the stored runs."""
+    """List the stored runs, and how many of the run tables are missing."""
+    _check_store(profile)
     from condcomp_lib import paths, studies
     from condcomp_lib.runs import RunStore, table
 
     names = [studies.get(study).name] if study else studies.NAMES
-    store = RunStore(paths.store(paths.check_profile(profile)))
-    found = table(record for name in names for record in store.records(name))
+    store = RunStore(paths.store(profile))
+    records = [record for name in names for record in store.records(name)]
+    tabled = {spec.name for name in names for spec in studies.get(name).specs(profile)}
+    found = table(records)
+    found["current"] = [record.name in tabled for record in records]  # False: of an older recipe or run table
+    found = found.sort_values(["study", "dataset", "architecture", "target_seed"], kind="stable")
     if csv:
         typer.echo(found.to_csv(index=False), nl=False)
-    else:
-        columns = ["study", "recipe", "dataset", "architecture", "pretraining", "target_seed", "accuracy", "seconds"]
-        typer.echo(found[columns].to_string(index=False) if len(found) else f"no runs in {store.folder}")
+        return
+    columns = ["study", "recipe", "dataset", "architecture", "target_seed", "accuracy", "seconds", "current"]
+    typer.echo(found[columns].to_string(index=False) if len(found) else f"no runs in {store.folder}")
+    for name in names:
+        lacking, total = len(studies.missing(name, profile)), len(studies.get(name).specs(profile))
+        typer.echo(f"{name}: {total - lacking} of {total} runs stored" + (f", {lacking} missing" if lacking else ""))
 
 
 @app.command()
@@ -152,11 +182,30 @@ def audit(
             typer.echo(
                 f"{name} {row.name} {row.field}: stored {row.stored:.4f}, recomputed {row.recomputed:.4f}, "
                 f"allowed difference {row.allowed:.4f}: {'agrees' if row.agrees else 'DISAGREES'}"
+                f"{'' if row.same_data else ' (from another copy of the data)'}"
             )
         disagreeing += sum(not row.agrees for row in rows)
         typer.echo(f"{name}: {len({row.name for row in rows})} runs recomputed")
     if disagreeing:
         raise CondcompError(f"{disagreeing} recomputed numbers differ from the stored ones by more than allowed")
+
+
+@app.command()
+def verdicts(
+    profile: Profile = "paper",
+    record: Annotated[bool, typer.Option("--record", help="accept these verdicts as the recorded ones")] = False,
+) -> None:
+    """Judge every claim from the profile's runs; recording a changed verdict is a decision, hence a command."""
+    from condcomp_lib import claims, studies
+
+    judged = [c for name in studies.NAMES for c in studies.get(name).claims(studies.records(name, profile))]
+    for claim in judged:
+        typer.echo(f"{claim.verdict:<10} {claim.id}: {claim.statement}: {claim.interval}, holds if {claim.rule}")
+    if record:
+        changed = claims.record(judged)
+        typer.echo(f"{len(changed)} verdicts recorded anew: {', '.join(changed) or 'none'}")
+    else:
+        claims.check_verdicts(judged, profile)
 
 
 @data_app.command()

@@ -5,6 +5,7 @@ class CondcompError(Exception):
     """Base of this library's errors. The command line prints its message as one line and exits with `exit_code`."""
 
     exit_code = 1
+    fatal = False  # True where going on with other runs of a sweep is pointless: no data, no room
 
 
 class UsageError(CondcompError):

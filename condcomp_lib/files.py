@@ -19,6 +19,8 @@ class SpecError(CondcompError):
 class StoreError(CondcompError):
     """The store cannot be read or written, or holds records of a newer schema."""
 
+    fatal = True
+
 
 def canonical_json(value: Any, where: str) -> str:
     """Sorted, compact JSON of plain finite data; raises SpecError that names the offending place."""
@@ -28,6 +30,8 @@ def canonical_json(value: Any, where: str) -> str:
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write `data` so that `path` holds either all of it or what it held before, whatever happens meanwhile."""
+    if path.is_dir():
+        raise StoreError(f"{path} is a folder; give the name of a file")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -63,7 +67,7 @@ def _check_plain(value: Any, where: str) -> None:
 
 def store_error(path: Path, error: OSError) -> StoreError:
     """The one clear line for a file that cannot be read or written."""
-    elsewhere = "set CONDCOMP_STORE (runs) or CONDCOMP_CACHE (weights) to a writable folder"
+    elsewhere = "set CONDCOMP_STORE (runs), CONDCOMP_CACHE (weights) or CONDCOMP_FIGURES to a writable folder"
     remedies = {
         errno.ENOSPC: "free some space and start again, finished runs are kept",
         errno.EROFS: f"the file system is read-only; {elsewhere}",

@@ -121,6 +121,8 @@ SOURCES = {
 class DataError(CondcompError):
     """A data set is missing, damaged or not what its name promises. The message is one line and names the remedy."""
 
+    fatal = True
+
 
 def damaged(path: Path, what: str) -> DataError:
     """The error for a file that is there but wrong; `path` is `<folder>/<data set>/<file>`.

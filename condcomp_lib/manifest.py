@@ -9,7 +9,7 @@ digest, not by file times, which a checkout does not keep.
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from condcomp_lib import __version__, paths
@@ -45,30 +45,31 @@ def save(name: str, files: Mapping[str, bytes], records: Sequence[Record], profi
     return written
 
 
-def check(promised: Iterable[str], inputs: Mapping[str, str], profile: str, *, since: float = 0.0) -> list[str]:
+def check(promised: Mapping[str, Sequence[Record]], profile: str, *, since: float = 0.0) -> list[str]:
     """What is wrong with the promised figures and tables, one line each; an empty list when all is well.
 
-    Arguments: `inputs` the digest of the stored runs of each promised name; `since` a file time (seconds): sidecars
-    last written before it were not made by the execution under check.
+    Arguments: `promised` the stored records that each figure or table is made from; `since` a file time (seconds):
+    sidecars last written before it were not made by the execution under check.
     """
     folder, wrong = paths.figures(profile), []
-    for name in promised:
+    for name, records in promised.items():
         sidecar = folder / f"{name}.json"
         try:
             known = json.loads(sidecar.read_text(encoding="utf-8"))
+            files, inputs = dict(known["files"]), known["inputs"]
         except FileNotFoundError:
             wrong.append(f"{name}: promised, but {sidecar.name} is missing from figures/{profile}")
             continue
-        except ValueError:
-            wrong.append(f"{name}: {sidecar.name} is not valid JSON")
+        except (ValueError, KeyError, TypeError):
+            wrong.append(f"{name}: {sidecar.name} is not a provenance sidecar")
             continue
-        for file, checksum in known["files"].items():
+        for file, checksum in files.items():
             path = folder / file
             if not path.exists():
                 wrong.append(f"{name}: {file} is missing from figures/{profile}")
             elif hashlib.sha256(path.read_bytes()).hexdigest() != checksum:
                 wrong.append(f"{name}: {file} is not the file its sidecar describes")
-        if known["inputs"] != inputs[name]:
+        if inputs != digest(records):
             wrong.append(f"{name}: made from other results than the store holds now")
         elif sidecar.stat().st_mtime < since:
             wrong.append(f"{name}: promised, but not written by this execution")

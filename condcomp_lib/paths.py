@@ -14,7 +14,7 @@ from pathlib import Path
 
 import platformdirs
 
-from condcomp_lib.errors import CondcompError, unknown
+from condcomp_lib.errors import CondcompError, UsageError, unknown
 
 PROFILES = ("quick", "paper")
 
@@ -56,7 +56,7 @@ def verdicts_csv() -> Path:
 
 def figures(profile: str) -> Path:
     """Folder of the figures and tables of one profile (`figures/quick` is not under version control)."""
-    return Path(os.environ.get("CONDCOMP_FIGURES") or root() / "figures").expanduser() / check_profile(profile)
+    return (_given("CONDCOMP_FIGURES") or root() / "figures") / check_profile(profile)
 
 
 def build() -> Path:
@@ -66,20 +66,20 @@ def build() -> Path:
 
 def cache() -> Path:
     """The user's cache: `$CONDCOMP_CACHE`, else the system's usual place."""
-    return Path(os.environ.get("CONDCOMP_CACHE") or platformdirs.user_cache_dir("condcomp")).expanduser()
+    return _given("CONDCOMP_CACHE") or Path(platformdirs.user_cache_dir("condcomp"))
 
 
 def data_folders() -> list[Path]:
     """Folders searched for data sets, in order: `$CONDCOMP_DATA` where set, then the user cache."""
-    given = os.environ.get("CONDCOMP_DATA")
-    return ([Path(given).expanduser()] if given else []) + [cache() / "data"]
+    given = _given("CONDCOMP_DATA")
+    return ([given] if given else []) + [cache() / "data"]
 
 
 def store(profile: str) -> Path:
     """Folder of the finished runs of one profile."""
     if check_profile(profile) == "quick":
         return _quick() / "runs"
-    return Path(os.environ.get("CONDCOMP_STORE") or root() / "data" / "runs").expanduser()
+    return _given("CONDCOMP_STORE") or root() / "data" / "runs"
 
 
 def artefacts(profile: str) -> Path:
@@ -88,8 +88,18 @@ def artefacts(profile: str) -> Path:
 
 
 def _quick() -> Path:
-    given = os.environ.get("CONDCOMP_QUICK_STORE")
-    return Path(given).expanduser() if given else _process_folder()
+    return _given("CONDCOMP_QUICK_STORE") or _process_folder()
+
+
+def _given(variable: str) -> Path | None:
+    """The folder that an environment variable names. A relative one would mean another place in every notebook."""
+    value = os.environ.get(variable)
+    if not value:
+        return None
+    path = Path(value).expanduser()
+    if not path.is_absolute():
+        raise UsageError(f"{variable} is {value!r}; give an absolute path")
+    return path
 
 
 @functools.cache

@@ -7,17 +7,22 @@ import platform
 import subprocess
 import sys
 from collections.abc import Mapping
+from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 from condcomp_lib import __version__, paths
 from condcomp_lib.errors import CondcompError
 
+# Modules that only tell of results: changing them changes no result.
+TELLING = ("bench", "cli", "manifest", "plots", "readme", "reproduce", "tables", "widgets")
 
-def provenance(data: Mapping[str, str] | None, seconds: float) -> dict[str, Any]:
+
+def provenance(environment: Mapping[str, Any], data: Mapping[str, str] | None, seconds: float) -> dict[str, Any]:
     """Plain data to lie beside a result; `data` gives the data set's `note` and `checksum`."""
     torch = sys.modules.get("torch")
     return {
-        **_environment(),
+        **environment,
         "threads": torch.get_num_threads() if torch else None,
         "device": "cpu",
         "data_note": (data or {}).get("note"),
@@ -28,19 +33,30 @@ def provenance(data: Mapping[str, str] | None, seconds: float) -> dict[str, Any]
 
 
 @functools.cache
-def _environment() -> dict[str, Any]:
+def environment() -> dict[str, Any]:
+    """The code and versions of this process, as they were when it first asked.
+
+    `code` is a digest of the sources that can change a result; `dirty` says whether they differ from `commit`.
+    """
     versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "scipy", "scikit-learn")}
     commit = _git("rev-parse", "HEAD")
-    # Only what can change a result counts: the store itself grows while a sweep runs.
-    changed = _git("status", "--porcelain", "--", "condcomp_lib", "pyproject.toml", "requirements.lock")
+    changed = (_git("status", "--porcelain", "--", "condcomp_lib", "requirements.lock") or "").splitlines()
     return {
         "condcomp": __version__,
         "commit": commit or "unknown",
-        "dirty": bool(changed) if commit else None,
+        "dirty": any(Path(line[3:]).stem not in TELLING for line in changed) if commit else None,
+        "code": _code_digest(),
         "python": platform.python_version(),
         "versions": versions,
         "system": f"{platform.system()} {platform.machine()}",
     }
+
+
+def _code_digest() -> str:
+    package = Path(__file__).parent
+    sources = sorted(path for path in package.rglob("*.py") if path.stem not in TELLING)
+    lines = (f"{path.relative_to(package).as_posix()} {sha256(path.read_bytes()).hexdigest()}" for path in sources)
+    return sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
 def _git(*arguments: str) -> str | None:

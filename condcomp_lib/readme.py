@@ -52,6 +52,6 @@ def blocks() -> dict[str, str]:
     return {
         "targets": tables.markdown(tables.frame(start.summary(records))),
         "items": tables.markdown(pd.DataFrame(studies.items())),
-        "answered": f"{answered} of {len(rows)} published numbers have ours beside them so far.",
+        "answered": f"{answered} of {len(rows)} published numbers have ours beside them so far. {studies.progress()}",
         "times": tables.markdown(pd.DataFrame(times["rows"])) + f"\n\nMeasured on {times['machine']}.",
     }

@@ -25,7 +25,6 @@ from traitlets.config import Config
 from condcomp_lib import manifest, paths, studies
 from condcomp_lib.errors import CondcompError, UsageError, unknown
 from condcomp_lib.files import write_atomically
-from condcomp_lib.runs import digest
 
 TYPES: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (float, int), "bool": (bool,)}
 
@@ -142,10 +141,9 @@ def _execute(name: str, source: Path, output: Path, parameters: Mapping[str, Any
 def check_promises(wanted: Iterable[str], profile: str, *, since: float = 0.0) -> list[str]:
     """What is wrong with the figures and tables that the notebooks' studies promise (see `manifest.check`)."""
     wrong = []
-    for study in (studies.get(name) for name in studies.NAMES):
-        if study.notebook in wanted:
-            inputs = {name: digest(studies.inputs(name, study.name, profile)) for name in study.promises(profile)}
-            wrong += manifest.check(study.promises(profile), inputs, profile, since=since)
+    for name in studies.NAMES:
+        if studies.get(name).notebook in wanted:
+            wrong += manifest.check(studies.promised(name, profile), profile, since=since)
     return wrong
 
 

@@ -9,6 +9,7 @@ repository: training a target is a run whose arrays are the weights. One mechani
 guarantees, and weights never pass through a pickle (`numpy.load` with `allow_pickle=False`).
 """
 
+import contextlib
 import functools
 import hashlib
 import io
@@ -25,7 +26,7 @@ import numpy as np
 import pandas as pd
 
 from condcomp_lib.files import SpecError, StoreError, canonical_json, store_error, write_atomically
-from condcomp_lib.provenance import provenance
+from condcomp_lib.provenance import environment, provenance
 
 SCHEMA = 1
 LEFTOVER_SECONDS = 3600  # a temporary file this old belongs to a process that was killed
@@ -77,11 +78,17 @@ class RunSpec:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What computing a run returns: plain results, optionally arrays, and which data it saw (`note`, `checksum`)."""
+    """What computing a run returns.
+
+    `result` is plain data; `data` says which data it saw (`note`, `checksum`); `uses` the runs it builds on, by role
+    (`Record.cite`); `seconds` its own time where that is less than the whole (None: the whole is measured).
+    """
 
     result: Mapping[str, Any]
     arrays: Mapping[str, np.ndarray] | None = None
     data: Mapping[str, str] | None = None
+    uses: Mapping[str, Mapping[str, Any]] | None = None
+    seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -105,6 +112,11 @@ class Record:
         with np.load(self.arrays_file, allow_pickle=False) as stored:
             return {key: stored[key] for key in stored.files}
 
+    def cite(self) -> dict[str, Any]:
+        """What a run that builds on this one records of it."""
+        kept = ("commit", "dirty", "code", "threads", "data_checksum", "seconds")
+        return {"name": self.name, **{key: self.provenance[key] for key in kept}}
+
     def flat(self) -> dict[str, Any]:
         """One row of the flat table: the spec's settings, the results, data note and seconds."""
         return {
@@ -127,8 +139,10 @@ class RunStore:
     {'accuracy': 0.5}
     """
 
-    def __init__(self, folder: Path | str) -> None:
+    def __init__(self, folder: Path | str, made_by: Mapping[str, Any] | None = None) -> None:
+        """`made_by` is recorded with every run written (default: this process's `provenance.environment`)."""
         self.folder = Path(folder)
+        self.made_by = made_by
 
     def path(self, spec: RunSpec) -> Path:
         """Where the record of `spec` lies or would lie."""
@@ -163,7 +177,8 @@ class RunStore:
             "spec": spec.to_dict(),
             "result": json.loads(canonical_json(dict(outcome.result), "result")),
             "arrays": arrays,
-            "provenance": provenance(outcome.data, seconds),
+            "provenance": provenance(self.made_by or environment(), outcome.data, outcome.seconds or seconds)
+            | {"uses": {role: dict(cited) for role, cited in (outcome.uses or {}).items()}},
         }
         body["checksum"] = _checksum(body)
         self._keep_corrupt(path)
@@ -176,6 +191,12 @@ class RunStore:
         A lock held by the system (released when its process dies, however it dies) lets only one process compute a run;
         the others wait and then read.
         """
+        record = self.try_obtain(spec, compute, wait=True)
+        assert record is not None
+        return record
+
+    def try_obtain(self, spec: RunSpec, compute: Callable[[RunSpec], Outcome], *, wait: bool = False) -> Record | None:
+        """As `obtain`, but None at once when another process is computing the run and `wait` is false."""
         record = self.get(spec)
         if record is not None:
             return record
@@ -183,7 +204,9 @@ class RunStore:
         try:
             lock.parent.mkdir(parents=True, exist_ok=True)
             guard = filelock.FileLock(lock)
-            guard.acquire()
+            guard.acquire(timeout=-1 if wait else 0)
+        except filelock.Timeout:
+            return None
         except OSError as error:
             raise store_error(lock.parent.parent, error) from error
         try:
@@ -200,10 +223,13 @@ class RunStore:
 
     def clean(self) -> int:
         """Remove what killed processes left behind (old temporary files); returns how many."""
-        old = [p for p in self.folder.glob("*/.*.tmp") if time.time() - p.stat().st_mtime > LEFTOVER_SECONDS]
-        for path in old:
-            path.unlink(missing_ok=True)
-        return len(old)
+        removed = 0
+        for path in self.folder.glob("*/.*.tmp"):
+            with contextlib.suppress(OSError):  # a living process may rename its own file meanwhile
+                if time.time() - path.stat().st_mtime > LEFTOVER_SECONDS:
+                    path.unlink()
+                    removed += 1
+        return removed
 
     def _read(self, path: Path) -> Record | None:
         try:

@@ -5,6 +5,7 @@ most the runs in progress, and starting it again computes only what is missing.
 """
 
 import contextlib
+import importlib
 import math
 import os
 import random
@@ -12,16 +13,19 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import joblib
+import numpy as np
 from joblib.parallel import BACKENDS, EXTERNAL_BACKENDS
 from tqdm.auto import tqdm
 
-from condcomp_lib.errors import CondcompError, unknown
+from condcomp_lib.errors import CondcompError, UsageError, unknown
+from condcomp_lib.provenance import environment
 from condcomp_lib.runs import Outcome, Record, RunSpec, RunStore
 
 Compute = Callable[[RunSpec], Outcome]
-Tolerance = Callable[[Record], Mapping[str, float]]
+Tolerance = Callable[[Record], Mapping[str, Any]]
 
 
 class SweepError(CondcompError):
@@ -42,41 +46,79 @@ def sweep(
 
     Arguments: `compute` is a module-level function (workers import it); `jobs` the number of workers (None: one per
     core); `threads` the torch threads of each worker, one by default because results depend on it; `backend` any name
-    joblib knows ("loky": processes; "sequential"; "dask" once dask.distributed is installed and has a client).
-    Raises SweepError after all other runs have finished when some failed, UsageError for an unknown backend.
+    joblib knows but "threading" ("loky": processes; "sequential"; "dask" once dask.distributed has a client).
+    Raises SweepError after all other runs have finished when some failed, and at once where going on is pointless (no
+    data, no room, changed code); UsageError for an unknown backend.
 
     >>> toy = [RunSpec("toy", 1, {"seed": seed}) for seed in range(3)]
     >>> len(sweep(toy, lambda spec: Outcome({"accuracy": 0.5}), RunStore("/tmp/store")))  # doctest: +SKIP
     3
     """
-    if backend not in BACKENDS and backend not in EXTERNAL_BACKENDS:
-        raise unknown("backend", backend, [*BACKENDS, *EXTERNAL_BACKENDS])
+    check_backend(backend)
     wanted = {spec.name: spec for spec in specs}
     store.clean()
     found = {name: record for name, spec in wanted.items() if (record := store.get(spec)) is not None}
     missing = [spec for name, spec in wanted.items() if name not in found]
-    jobs = min(jobs or os.cpu_count() or 1, max(1, len(missing)))
+    # Workers record the code of this process, and refuse to run other code under its name.
+    store = RunStore(store.folder, environment())
     failures: dict[str, str] = {}
     # The bar's clock starts with this sweep, so the time left is that of the missing runs only.
-    with (
-        _workers(backend, jobs, threads),
-        tqdm(total=len(missing), unit="run", disable=not (progress and missing)) as bar,
-    ):
+    with tqdm(total=len(missing), unit="run", disable=not (progress and missing)) as bar:
         bar.set_description(f"{len(found)} of {len(wanted)} runs stored" if found else "runs")
-        tasks = (joblib.delayed(_one)(store, spec, compute, threads) for spec in missing)
-        for name, failure in joblib.Parallel(return_as="generator_unordered")(tasks) if missing else ():
-            if failure:
-                failures[name] = failure
-                bar.write(failure, file=sys.stderr)
-            bar.update()
+        # What another sweep is computing is left for a second pass, so that two sweeps share the work.
+        for wait in (False, True):
+            finished = _pass(missing, compute, store, backend, jobs or os.cpu_count() or 1, threads, wait)
+            missing = []
+            for name, done, failure in finished:
+                if not done and not failure:
+                    missing.append(wanted[name])
+                    continue
+                if failure:
+                    failures[name] = failure
+                    bar.write(failure, file=sys.stderr)
+                bar.update()
     if failures:
         first = next(iter(failures))
         reason = failures[first].strip().splitlines()[-1]
         raise SweepError(
-            f"{len(failures)} of {len(missing)} runs failed, the rest is stored; first: "
+            f"{len(failures)} of {len(wanted) - len(found)} runs failed, the rest is stored; first: "
             f"{wanted[first].study} {dict(wanted[first].settings)}: {reason}"
         )
     return [found.get(name) or _must(store, spec) for name, spec in wanted.items()]
+
+
+def check_backend(backend: str) -> None:
+    """Raise UsageError for a backend that joblib does not know or that sweeps cannot use."""
+    known = sorted({*BACKENDS, *EXTERNAL_BACKENDS} - {"threading"})  # threads would share torch's thread count
+    if backend not in known:
+        raise unknown("backend", backend, known)
+    if backend == "dask":
+        try:
+            distributed = importlib.import_module("distributed")
+            distributed.get_client()
+        except ImportError as error:
+            raise UsageError(
+                "backend 'dask' needs dask.distributed; install it with: pip install distributed"
+            ) from error
+        except ValueError as error:
+            raise UsageError("backend 'dask' needs a client; make one with: distributed.Client(...)") from error
+
+
+def _pass(
+    specs: list[RunSpec], compute: Compute, store: RunStore, backend: str, jobs: int, threads: int, wait: bool
+) -> Iterator[tuple[str, bool, str]]:
+    """Run what can be run; yields (name, whether it is stored, failure). Raises when going on is pointless."""
+    if not specs:
+        return
+    jobs = min(jobs, len(specs))
+    name = "sequential" if jobs == 1 and backend == "loky" else backend
+    options = {"inner_max_num_threads": threads} if name == "loky" else {}
+    tasks = (joblib.delayed(_one)(store, spec, compute, threads, wait) for spec in specs)
+    with joblib.parallel_config(backend=name, n_jobs=jobs, **options):
+        for run, done, failure, fatal in joblib.Parallel(return_as="generator_unordered")(tasks):
+            if fatal:
+                raise SweepError(f"{failure} (finished runs are stored)")
+            yield run, done, failure
 
 
 @dataclass(frozen=True)
@@ -88,6 +130,7 @@ class AuditRow:
     stored: float
     recomputed: float
     allowed: float
+    same_data: bool
 
     @property
     def agrees(self) -> bool:
@@ -100,29 +143,42 @@ def audit(
 ) -> list[AuditRow]:
     """Compute a random sample of stored runs from scratch and compare field by field.
 
-    `tolerance(record)` names the compared fields of the result with the largest difference each may have; `compute`
-    must not reuse trained weights (give it an empty artefact cache). `sample` larger than the store audits all of it.
+    `tolerance(record)` names the compared fields of the result (numbers or lists of them) with the largest difference
+    each may have, in the same shape; `compute` must not reuse trained weights (give it an empty artefact cache).
+    `sample` larger than the store audits all of it. Raises CondcompError when there is nothing to audit.
     """
-    if sample < 1:
-        raise CondcompError(f"an audit samples at least one run, not {sample}")
     known = sorted(records, key=lambda record: record.name)
+    if sample < 1 or not known:
+        raise CondcompError(f"an audit needs at least one run: sample {sample} of {len(known)} stored")
     rows = []
     for record in tqdm(random.Random(seed).sample(known, min(sample, len(known))), unit="run", desc="audit"):
         with _torch_threads(record.provenance.get("threads") or 1):
-            result = compute(record.spec).result
+            outcome = compute(record.spec)
+        same = (outcome.data or {}).get("checksum") == record.provenance.get("data_checksum")
         for field, allowed in tolerance(record).items():
-            rows.append(AuditRow(record.name, field, record.result[field], result.get(field, math.nan), allowed))
+            stored, limits = np.atleast_1d(record.result[field]), np.atleast_1d(allowed)
+            again = np.atleast_1d(outcome.result.get(field, math.nan))
+            again = again if again.shape == stored.shape else np.full(stored.shape, math.nan)
+            for index, (old, new, limit) in enumerate(zip(stored, again, limits, strict=True)):
+                label = field if len(stored) == 1 else f"{field}[{index}]"
+                rows.append(AuditRow(record.name, label, float(old), float(new), float(limit), same))
     return rows
 
 
-def _one(store: RunStore, spec: RunSpec, compute: Compute, threads: int) -> tuple[str, str | None]:
-    """Compute one run in a worker; an error comes back as text, so that one bad run does not stop the others."""
+def _one(store: RunStore, spec: RunSpec, compute: Compute, threads: int, wait: bool) -> tuple[str, bool, str, bool]:
+    """Compute one run in a worker; an error comes back as text, so that one bad run does not stop the others.
+
+    Returns the run's name, whether it is stored, what failed, and whether that makes all other runs pointless.
+    """
     try:
+        if store.made_by and store.made_by["code"] != environment()["code"]:
+            return spec.name, False, "the code changed while the sweep ran: start it again", True
         with _torch_threads(threads):
-            store.obtain(spec, compute)
+            return spec.name, store.try_obtain(spec, compute, wait=wait) is not None, "", False
+    except CondcompError as error:
+        return spec.name, False, str(error), error.fatal
     except Exception:
-        return spec.name, traceback.format_exc()
-    return spec.name, None
+        return spec.name, False, traceback.format_exc(), False
 
 
 def _must(store: RunStore, spec: RunSpec) -> Record:
@@ -130,14 +186,6 @@ def _must(store: RunStore, spec: RunSpec) -> Record:
     if record is None:
         raise SweepError(f"run {spec.name} of {spec.study} vanished from {store.folder} while the sweep ran")
     return record
-
-
-@contextlib.contextmanager
-def _workers(backend: str, jobs: int, threads: int) -> Iterator[None]:
-    name = "sequential" if jobs == 1 and backend == "loky" else backend
-    options = {"inner_max_num_threads": threads} if name == "loky" else {}
-    with joblib.parallel_config(backend=name, n_jobs=jobs, **options):
-        yield
 
 
 @contextlib.contextmanager

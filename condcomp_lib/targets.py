@@ -4,6 +4,7 @@ import itertools
 import re
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from condcomp_lib.errors import UsageError
@@ -14,13 +15,21 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh}
 class MLP(nn.Module):
     """A fully connected classifier: hidden layers with one activation, a linear output layer.
 
-    Arguments: `inputs` features, `hidden` the width of each hidden layer, `classes`, `activation` "relu" or "tanh".
+    Arguments: `inputs` features, `hidden` the width of each hidden layer, `classes`, `activation` "relu" or "tanh";
+    the weights are drawn from `generator` (torch's global one by default).
 
     >>> MLP(64, (32, 16), 10)(torch.zeros(5, 64)).shape
     torch.Size([5, 10])
     """
 
-    def __init__(self, inputs: int, hidden: Sequence[int], classes: int, activation: str = "relu") -> None:
+    def __init__(
+        self,
+        inputs: int,
+        hidden: Sequence[int],
+        classes: int,
+        activation: str = "relu",
+        generator: torch.Generator | None = None,
+    ) -> None:
         super().__init__()
         widths = [inputs, *hidden, classes]
         if min(widths) < 1:
@@ -28,7 +37,7 @@ class MLP(nn.Module):
         if activation not in ACTIVATIONS:
             raise UsageError(f"unknown activation {activation!r}; known: {', '.join(ACTIVATIONS)}")
         self.hidden = tuple(hidden)
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(widths))
+        self.layers = nn.ModuleList(_linear(a, b, generator) for a, b in itertools.pairwise(widths))
         self.activation = ACTIVATIONS[activation]()
 
     @property
@@ -41,6 +50,15 @@ class MLP(nn.Module):
         for layer in self.layers[:-1]:
             x = self.activation(layer(x))
         return self.layers[-1](x)
+
+
+def _linear(inputs: int, outputs: int, generator: torch.Generator | None) -> nn.Linear:
+    """A linear layer with torch's usual initialisation, U(-1/sqrt(inputs), 1/sqrt(inputs)), from `generator`."""
+    layer = nn.utils.skip_init(nn.Linear, inputs, outputs)
+    with torch.no_grad():
+        for parameter in (layer.weight, layer.bias):
+            parameter.uniform_(-(inputs**-0.5), inputs**-0.5, generator=generator)
+    return layer
 
 
 def hidden_widths(architecture: str) -> tuple[int, ...]:

@@ -68,7 +68,12 @@ def target_spec(
 
 
 def obtain_target(spec: RunSpec, data: Dataset, artefacts: RunStore) -> tuple[MLP, Record]:
-    """The trained target of `spec` in evaluation mode, from the artefact cache or trained now, and its record."""
+    """The trained target of `spec` in evaluation mode, from the artefact cache or trained now, and its record.
+
+    The cache keeps what was trained on each copy of the data apart (by `data.checksum`), so that weights from an
+    unofficial copy are never taken for those from the official files.
+    """
+    artefacts = RunStore(artefacts.folder / data.checksum, artefacts.made_by)
     record = artefacts.obtain(spec, lambda wanted: train_target(wanted, data))
     model = build(spec, data)
     model.load_state_dict({name: torch.from_numpy(array) for name, array in record.arrays().items()})
@@ -78,9 +83,8 @@ def obtain_target(spec: RunSpec, data: Dataset, artefacts: RunStore) -> tuple[ML
 def build(spec: RunSpec, data: Dataset) -> MLP:
     """The untrained target of `spec` for the width and classes of `data`, initialised from its seed."""
     widths = hidden_widths(spec.settings["architecture"])
-    with torch.random.fork_rng(devices=[]):  # torch initialises layers from its global generator; leave that untouched
-        torch.manual_seed(spec.settings["target_seed"])
-        return MLP(data.train.x.shape[1], widths, data.classes, spec.settings["activation"])
+    generator = torch.Generator().manual_seed(spec.settings["target_seed"])
+    return MLP(data.train.x.shape[1], widths, data.classes, spec.settings["activation"], generator)
 
 
 def train_target(spec: RunSpec, data: Dataset) -> Outcome:

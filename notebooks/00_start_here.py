@@ -75,8 +75,8 @@ example: int = 3  # which test digit to look at (0 to 359)
 # %% [markdown]
 # ## Train a network on digits
 #
-# The live part of each notebook uses the 8 x 8 digits that come with scikit-learn: 1,077 to train on, 360 to stop
-# training, 360 to test. The target has two hidden layers of 64 ReLU neurons.
+# The live part of each notebook uses the 8 x 8 digits that come with scikit-learn: 1,077 to train on, 360 to choose
+# the epoch by, 360 to test. The target has two hidden layers of 64 ReLU neurons.
 
 # %%
 data = studies.dataset("digits")
@@ -107,10 +107,11 @@ plt.show()
 # %% [markdown]
 # ## Skip neurons, well and badly
 #
-# If someone told us beforehand which neurons matter, we could compute only those. Two extremes frame what a policy can
-# do. An **oracle** has seen all activations and keeps, for each digit, the neurons that contribute most to the next
-# layer. A **blind** choice keeps as many at random. A policy must beat the second and can hardly pass the first, and
-# it must pay for its own computation (neither of these does).
+# If someone told us beforehand which neurons matter, we could compute only those. Two landmarks for what a policy can
+# do: an **oracle** has seen all activations and keeps, for each digit, the neurons that contribute most to the next
+# layer ($|h_i|$ times the norm of the outgoing weights); a **blind** choice keeps as many at random. They are no
+# bounds. The oracle's rule is greedy, and a learned choice might do better; but no policy sees what it sees, and a
+# policy must pay for its own computation, which neither of these does.
 
 # %%
 generator = torch.Generator().manual_seed(0)
@@ -138,8 +139,8 @@ for share in (1.0, 0.5, 0.25, 0.1):
 # > **The slides say** (*slides*, conclusion, id `Send.01`) that a quarter of the units means about 6.25% of the
 # > computation.
 #
-# That holds for a product between two hidden layers. For this whole network it is 18.6%, a bound of 5.4 on any
-# speed-up at 25% activity, before a policy has been paid for.
+# That holds for a product between two hidden layers. For this whole network the share printed above is three times as
+# much, and its inverse bounds any speed-up at 25% activity, before a policy has been paid for.
 
 # %% [markdown]
 # ## Measure it on real networks
@@ -203,6 +204,7 @@ overview = pd.DataFrame(studies.overview())
 if profile == "paper":
     tables.save_table(overview, "overview", studies.everything(profile), profile)
 answered, waiting = overview[overview.ours != "not yet"], overview[overview.ours == "not yet"]
+display(Markdown(studies.progress()))
 display(Markdown(tables.markdown(answered.drop(columns=["method", "notebook"]))))
 display(Markdown(f"{len(answered)} of {len(overview)} ids have ours; not yet:"))
 display(Markdown(tables.markdown(waiting.drop(columns=["ours", "note", "notebook"]))))

@@ -10,3 +10,5 @@ torch.set_num_threads(1)  # what the sweeps use; results depend on it
 def _own_folders(tmp_path, monkeypatch):
     monkeypatch.setenv("CONDCOMP_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("CONDCOMP_QUICK_STORE", str(tmp_path / "quick"))
+    monkeypatch.setenv("CONDCOMP_FIGURES", str(tmp_path / "figures"))
+    monkeypatch.delenv("CONDCOMP_STORE", raising=False)  # the committed runs: tests read them, none computes into them

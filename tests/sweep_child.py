@@ -1,5 +1,6 @@
 """A sweep in a process of its own, for tests that kill it: python sweep_child.py STORE JOBS RUNS LOG."""
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -21,7 +22,7 @@ def compute(spec):
     time.sleep(0.01)
     if LOG:
         with LOG.open("a") as stream:  # one short write in append mode is atomic
-            stream.write(f"{seed}\n")
+            stream.write(f"{seed} {os.getpid()}\n")
     return Outcome({"accuracy": seed / 1000}, {"curve": np.full(500, seed)})
 
 

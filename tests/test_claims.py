@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from condcomp_lib.claims import ChangedVerdict, check_verdicts, judge, recorded
+from condcomp_lib import studies
+from condcomp_lib.claims import ChangedVerdict, check_verdicts, judge, record, recorded
 from condcomp_lib.errors import CondcompError
 from condcomp_lib.stats import Interval
 
@@ -61,14 +62,34 @@ def test_a_new_claim_must_be_recorded(verdicts, tmp_path):
     path.write_text("claim,verdict\n")
     with pytest.raises(ChangedVerdict, match="no verdict recorded"):
         check_verdicts([claim(0.6, 0.7)], "paper", path)
+    with pytest.raises(ChangedVerdict, match="no verdict recorded"):
+        check_verdicts([claim(0.6, 0.7)], "quick", path)
 
 
-def test_digits_may_leave_a_claim_undecided_but_not_overturn_it(verdicts):
+def test_small_runs_may_leave_a_claim_undecided_but_not_reverse_it(verdicts):
     path = verdicts("holds")
     check_verdicts([claim(0.6, 0.7)], "quick", path)
     check_verdicts([claim(0.4, 0.6)], "quick", path)
-    with pytest.raises(ChangedVerdict, match="holds at paper scale, refuted on digits"):
+    with pytest.raises(ChangedVerdict, match="was holds, is now refuted"):
         check_verdicts([claim(0.1, 0.2)], "quick", path)
+    with pytest.raises(ChangedVerdict, match="was refuted, is now holds"):
+        check_verdicts([claim(0.6, 0.7)], "quick", verdicts("refuted"))
+
+
+def test_recording_keeps_the_other_verdicts_and_says_what_changed(verdicts):
+    path = verdicts("holds")
+    path.write_text(path.read_text() + "another,undecided\n")
+    assert record([claim(0.1, 0.2)], path) == {"toy": "refuted"}
+    assert recorded(path) == {"toy": "refuted", "another": "undecided"}
+    assert record([claim(0.1, 0.2)], path) == {}
+
+
+@pytest.mark.parametrize("profile", ["quick", "paper"])
+def test_every_claim_of_every_study_has_a_recorded_verdict(profile):
+    for name in studies.NAMES:
+        claims = studies.get(name).claims(studies.records(name, profile))
+        assert {claim.id for claim in claims} <= set(recorded())
+        check_verdicts(claims, profile)
 
 
 def test_an_unknown_verdict_in_the_file_is_named(verdicts):

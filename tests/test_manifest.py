@@ -48,8 +48,7 @@ def save_all(records):
 
 
 def check(records, since=0.0):
-    inputs = {name: digest(records) for name in ("toy_figure", "toy_table")}
-    return manifest.check(inputs, inputs, "quick", since=since)
+    return manifest.check(dict.fromkeys(("toy_figure", "toy_table"), records), "quick", since=since)
 
 
 def test_the_same_results_give_the_same_bytes(folder, records):
@@ -89,7 +88,9 @@ def test_whatever_is_wrong_is_named(folder, records, tmp_path):
     (folder / "toy_table.csv").unlink()
     assert check(records) == ["toy_table: toy_table.csv is missing from figures/quick"]
     (folder / "toy_table.json").write_text("{")
-    assert check(records) == ["toy_table: toy_table.json is not valid JSON"]
+    assert check(records) == ["toy_table: toy_table.json is not a provenance sidecar"]
+    (folder / "toy_table.json").write_text('{"name": "toy_table"}')
+    assert check(records) == ["toy_table: toy_table.json is not a provenance sidecar"]
 
 
 def test_what_an_execution_did_not_write_is_no_success_of_it(folder, records):
@@ -113,3 +114,32 @@ def test_frames_format_intervals_and_markdown_keeps_columns_apart():
     assert tables.markdown(frame) == (
         "| net | ratio | seeds | share |\n| --- | --- | --- | --- |\n| a/b | 0.98 [0.97, 0.99] | 5 | 0.25 |"
     )
+0 11862
+2 11862
+3 11862
+1 11863
+4 11862
+5 11862
+0 11842
+1 11842
+2 11842
+3 11842
+4 11842
+5 11842
+4 11842
+3 11842
+2 11842
+1 11842
+0 11842
+0 11842
+1 11842
+2 11842
+3 11842
+4 11842
+5 11842
+6 11842
+7 11842
+3 11842
+7 11842
+4 11842
+0 11842

@@ -24,6 +24,9 @@ fast: bool = False
 """
 
 
+START = ("--notebook", "00_start_here")
+
+
 def condcomp(*arguments, **environment):
     """The command in a process of its own, as a user types it."""
     command = [sys.executable, "-c", "from condcomp_lib.cli import main; main()", *arguments]
@@ -127,7 +130,8 @@ def test_paper_figures_are_byte_identical_each_time_and_to_the_committed_ones(tm
         assert [name for name in committed if committed[name] != made[0][name]] == []
 
 
-def test_a_figure_that_no_longer_fits_the_store_is_noticed():
+def test_a_figure_that_no_longer_fits_the_store_is_noticed(monkeypatch):
+    monkeypatch.delenv("CONDCOMP_FIGURES")  # the committed figures
     assert reproduce.check_promises(reproduce.names(), "paper") == []
     wrong = reproduce.check_promises(reproduce.names(), "paper", since=4e9)
     assert any("start_skipping: promised, but not written by this execution" in line for line in wrong)
@@ -154,18 +158,23 @@ def test_a_failing_notebook_makes_the_command_fail(folder, tmp_path, monkeypatch
         (["audit", "strat"], "unknown study 'strat'; known: start"),
         (["reproduce", "--notebook", "99"], "unknown notebook '99'; known: 00_start_here"),
         (["reproduce", "--profile", "fast"], "unknown profile 'fast'; known: paper, quick"),
-        (["reproduce", "-p", "epochs=3"], "unknown parameter 'epochs'; known: example, profile"),
-        (["reproduce", "-p", "example=three"], "parameter 'example' is a int, not 'three'"),
-        (["reproduce", "-p", "nonsense"], "--parameter takes name=value, not 'nonsense'"),
+        (["reproduce", *START, "-p", "epochs=3"], "unknown parameter 'epochs'; known: example, profile"),
+        (["reproduce", *START, "-p", "example=three"], "parameter 'example' is a int, not 'three'"),
+        (["reproduce", *START, "-p", "nonsense"], "--parameter takes name=value, not 'nonsense'"),
+        (["reproduce", *START, "-p", "example=[1"], "'[1' is no value"),
+        (["reproduce", *START, "-p", "profile=paper"], "the profile is chosen by --profile"),
+        (["reproduce", "-p", "example=3"], "--parameter goes with --notebook, one of: 00_start_here"),
         (["reproduce", "--reference"], "--reference goes with --profile paper"),
         (["data", "check", "imagenet"], "unknown data set 'imagenet'"),
         (["run", "start", "--backend", "cloud"], "unknown backend 'cloud'"),
         (["run", "start", "--jobs", "0"], "Invalid value for '--jobs'"),
+        (["run", "start", "--profile", "quick"], "the quick profile's runs are temporary"),
         (["nonsense"], "No such command 'nonsense'"),
     ],
 )
 def test_unknown_names_end_with_exit_code_2_and_what_is_known(arguments, message, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["condcomp", *arguments])
+    monkeypatch.delenv("CONDCOMP_QUICK_STORE")
     with pytest.raises(SystemExit) as stopped:
         cli.main()
     err = capsys.readouterr().err
@@ -177,7 +186,21 @@ def test_unknown_names_end_with_exit_code_2_and_what_is_known(arguments, message
 def test_runs_as_csv_have_the_columns_of_the_flat_table():
     lines = condcomp("runs", "start", "--csv").stdout.splitlines()
     assert lines[0].startswith(",".join(runs.COLUMNS))
-    assert len(lines) == 1 + len(studies.get("start").specs("paper"))
+    assert lines[0].endswith(",current")
+    assert sum(line.endswith(",True") for line in lines) == len(studies.get("start").specs("paper"))
+
+
+def test_a_relative_folder_is_refused_because_it_would_mean_several(monkeypatch):
+    done = condcomp("reproduce", CONDCOMP_FIGURES="out")
+    assert done.returncode == 2
+    assert "CONDCOMP_FIGURES is 'out'; give an absolute path" in done.stderr
+
+
+def test_a_json_file_that_is_a_folder_is_one_clear_line(tmp_path):
+    done = condcomp("bench", "store", "--runs", "2", "--json", str(tmp_path))
+    assert done.returncode == 1
+    assert "is a folder; give the name of a file" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_data_check_and_bench_store_say_what_they_found(tmp_path):
@@ -187,7 +210,7 @@ def test_data_check_and_bench_store_say_what_they_found(tmp_path):
     assert "write_ms" in done.stdout
 
 
-def test_an_audit_of_the_committed_store_finds_a_planted_error(tmp_path):
+def test_an_audit_finds_a_planted_error(tmp_path):
     """Quick-profile runs, stored as if they were the paper's, so that the audit needs no data set and no time."""
     program = textwrap.dedent("""
         import sys
@@ -206,14 +229,16 @@ def test_an_audit_of_the_committed_store_finds_a_planted_error(tmp_path):
     assert audit("run", "start", "--profile", "paper").returncode == 0
     sound = audit("audit", "--sample", "2")
     assert sound.returncode == 0, sound.stderr
-    assert sound.stdout.count("agrees") == 4
+    assert "DISAGREES" not in sound.stdout
+    assert "best_ratio[3]" in sound.stdout
+    assert "2 runs recomputed" in sound.stdout
     store = runs.RunStore(tmp_path / "store")
     for record in list(store.records("start")):
         result = {**record.result, "accuracy": record.result["accuracy"] - 0.2}
-        store.put(record.spec, runs.Outcome(result), seconds=1.0)
+        store.put(record.spec, runs.Outcome(result, None, {"note": "official", "checksum": "other"}), seconds=1.0)
     wrong = audit("audit", "--sample", "2")
     assert wrong.returncode == 1
-    assert wrong.stdout.count("DISAGREES") == 2
+    assert wrong.stdout.count("DISAGREES (from another copy of the data)") == 2
     assert "2 recomputed numbers differ" in wrong.stderr
 
 

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 from sweep_child import compute, specs
 
+from condcomp_lib.datasets import DataError
 from condcomp_lib.errors import CondcompError, UsageError
+from condcomp_lib.provenance import environment
 from condcomp_lib.runs import Outcome, RunSpec, RunStore, table
 from condcomp_lib.sweep import SweepError, audit, sweep
 
@@ -73,7 +75,9 @@ def test_two_sweeps_on_one_store_share_the_work(store, tmp_path):
     for child in (first, second):
         output, errors = child.communicate(timeout=120)
         assert (output, child.returncode) == ("done\n", 0), errors
-    assert sorted(map(int, log.read_text().split())) == list(range(60))
+    lines = [line.split() for line in log.read_text().splitlines()]
+    assert sorted(int(seed) for seed, _ in lines) == list(range(60))
+    assert len({process for _, process in lines}) == 2, "one of the sweeps computed nothing"
     assert len(contents(store)) == 60
 
 
@@ -97,8 +101,9 @@ def test_one_bad_run_does_not_stop_the_others(store, capsys):
 
 
 def test_an_unknown_backend_lists_the_known_ones(store):
-    with pytest.raises(UsageError, match=r"unknown backend 'cloud'; known: .*loky.*sequential"):
-        sweep(specs(1), compute, store, backend="cloud")
+    for backend in ("cloud", "threading"):
+        with pytest.raises(UsageError, match=rf"unknown backend '{backend}'; known: .*loky.*sequential"):
+            sweep(specs(1), compute, store, backend=backend)
 
 
 def test_workers_use_one_torch_thread(store):
@@ -122,8 +127,63 @@ def test_an_audit_agrees_with_itself_and_notices_a_changed_result(store):
     assert not any(row.agrees for row in changed)
     missing = audit(records, lambda spec: Outcome({}), lambda record: {"accuracy": 0.01}, sample=1)
     assert not missing[0].agrees
-    with pytest.raises(CondcompError, match="at least one run, not 0"):
-        audit(records, compute, lambda record: {}, sample=0)
+    for known, sample in ((records, 0), ([], 3)):
+        with pytest.raises(CondcompError, match="an audit needs at least one run"):
+            audit(known, compute, lambda record: {}, sample=sample)
+
+
+def test_an_audit_compares_lists_item_by_item_and_notices_other_data(store):
+    data = {"note": "official", "checksum": "one"}
+    curve = sweep(specs(1), lambda spec: Outcome({"curve": [0.1, 0.2]}, None, data), store, jobs=1, progress=False)
+
+    def check(again, data=data):
+        return audit(
+            curve, lambda spec: Outcome({"curve": again}, None, data), lambda _: {"curve": [0.01] * 2}, sample=1
+        )
+
+    rows = check([0.1, 0.3])
+    assert [(row.field, row.agrees, row.same_data) for row in rows] == [
+        ("curve[0]", True, True),
+        ("curve[1]", False, True),
+    ]
+    assert not any(row.agrees for row in check([0.1, 0.2, 0.3]))
+    assert not any(row.same_data for row in check([0.1, 0.2], {"note": "unofficial copy", "checksum": "two"}))
+
+
+def test_what_makes_going_on_pointless_stops_the_sweep_at_once(store):
+    asked = []
+
+    def no_data(spec):
+        asked.append(spec)
+        raise DataError("svhn: no files; fetch them")
+
+    with pytest.raises(SweepError, match="svhn: no files; fetch them"):
+        sweep(specs(5), no_data, store, jobs=1, progress=False)
+    assert len(asked) == 1
+
+
+def test_an_error_of_the_library_is_one_line_and_not_a_traceback(store, capsys):
+    def refuse(spec):
+        raise CondcompError("one clear line")
+
+    with pytest.raises(SweepError, match=r"2 of 2 runs failed.*one clear line"):
+        sweep(specs(2), refuse, store, jobs=1, progress=False)
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_code_that_changed_meanwhile_is_not_run_under_the_old_name(store, monkeypatch):
+    now = {**environment(), "code": "another"}
+    answers = iter([environment(), now])
+    monkeypatch.setattr("condcomp_lib.sweep.environment", lambda: next(answers))
+    with pytest.raises(SweepError, match="the code changed while the sweep ran"):
+        sweep(specs(3), compute, store, jobs=1, progress=False)
+    assert not list(store.records())
+
+
+def test_dask_without_dask_says_what_to_install(store, monkeypatch):
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    with pytest.raises(UsageError, match="pip install distributed"):
+        sweep(specs(1), compute, store, backend="dask")
 
 
 def test_a_spec_given_twice_is_one_run(store):

@@ -6,13 +6,17 @@ A study module defines `STUDY`. Functions go from records to numbers; drawing an
 
 import functools
 import importlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
+
 from condcomp_lib import datasets, paths, published, sweep
 from condcomp_lib.claims import Claim
 from condcomp_lib.errors import CondcompError, unknown
+from condcomp_lib.provenance import environment
 from condcomp_lib.published import Answer
 from condcomp_lib.runs import Outcome, Record, RunSpec, RunStore
 
@@ -44,8 +48,8 @@ class Study:
     """What the other parts ask of a study.
 
     `specs(profile)` is the run table; `compute(spec, artefacts)` makes one run; `answers(records)` are its numbers
-    beside published ids; `claims(records)` its claims; `promises(profile)` names the figures and tables that its
-    notebook must write; `tolerance(record)` how far a recomputed result may differ, by field.
+    beside published ids; `claims(records)` its claims; `promises(records)` names the figures and tables that its
+    notebook must write, with the records that each is made from; `audited` the fields that an audit compares.
     """
 
     name: str
@@ -55,8 +59,8 @@ class Study:
     compute: Compute
     answers: Callable[[Sequence[Record]], list[Answer]]
     claims: Callable[[Sequence[Record]], list[Claim]]
-    promises: Callable[[str], list[str]]
-    tolerance: Callable[[Record], dict[str, float]]
+    promises: Callable[[Sequence[Record]], dict[str, Sequence[Record]]]
+    audited: tuple[str, ...]
 
 
 def get(name: str) -> Study:
@@ -68,16 +72,25 @@ def get(name: str) -> Study:
 
 def run(name: str, profile: str, **options: Any) -> list[Record]:
     """Compute what the store of `profile` lacks of the study (options as for `sweep.sweep`); return its records."""
-    study = get(name)
-    compute = functools.partial(study.compute, artefacts=RunStore(paths.artefacts(profile)))
-    return sweep.sweep(study.specs(profile), compute, RunStore(paths.store(profile)), **options)
+    study, store = get(name), RunStore(paths.store(profile))
+    sweep.check_backend(options.get("backend", "loky"))
+    for data in {spec.settings["dataset"] for spec in missing(name, profile)}:
+        datasets.fetch(data)  # once, here: a data set that cannot be had is one error, not one of every worker
+    artefacts = RunStore(paths.artefacts(profile), environment())
+    return sweep.sweep(study.specs(profile), functools.partial(study.compute, artefacts=artefacts), store, **options)
+
+
+def missing(name: str, profile: str) -> list[RunSpec]:
+    """The runs of the study's table that the store of `profile` lacks."""
+    store = RunStore(paths.store(profile))
+    return [spec for spec in get(name).specs(profile) if store.get(spec) is None]
 
 
 def records(name: str, profile: str, *, partial: bool = False) -> list[Record]:
     """The study's records for a notebook.
 
     Quick profile: computed now where the temporary store lacks them. Paper profile: read from the store; runs it lacks
-    raise MissingRuns with the command that computes them, or are left out with `partial=True`.
+    raise MissingRuns with the command that computes them, or are left out with `partial=True` (`missing` lists them).
     """
     if paths.check_profile(profile) == "quick":
         return run(name, profile)
@@ -92,10 +105,27 @@ def records(name: str, profile: str, *, partial: bool = False) -> list[Record]:
 
 
 def audit(name: str, profile: str, *, sample: int, artefacts: RunStore, seed: int = 0) -> list[sweep.AuditRow]:
-    """Recompute a random sample of the study's stored runs; `artefacts` is an empty cache, so nothing is reused."""
-    study = get(name)
+    """Recompute a random sample of the study's stored runs; `artefacts` is an empty cache, so nothing is reused.
+
+    The same code on the same machine gives the same numbers. Another machine rounds differently, and training amplifies
+    that to the size of another seed: allowed is what four standard deviations of the difference of two seeds come to,
+    estimated from the stored runs that differ in their seeds only, and at least half a point.
+    """
+    study, known = get(name), records(name, profile, partial=True)
     compute = functools.partial(study.compute, artefacts=artefacts)
-    return sweep.audit(records(name, profile, partial=True), compute, study.tolerance, sample=sample, seed=seed)
+
+    def tolerance(record: Record) -> dict[str, Any]:
+        like = [other for other in known if _but_for_seeds(other.spec) == _but_for_seeds(record.spec)]
+        spread = {field: np.std([other.result[field] for other in like], axis=0, ddof=min(1, len(like) - 1))
+                  for field in study.audited}  # fmt: skip
+        return {field: np.maximum(0.005, 4 * math.sqrt(2) * deviation) for field, deviation in spread.items()}
+
+    return sweep.audit(known, compute, tolerance, sample=sample, seed=seed)
+
+
+def _but_for_seeds(spec: RunSpec) -> dict[str, Any]:
+    """The settings that two repetitions share: all but the seeds and the names of runs that carry seeds themselves."""
+    return {key: value for key, value in spec.settings.items() if not key.endswith("_seed") and key != "target"}
 
 
 @functools.lru_cache(maxsize=1)
@@ -104,9 +134,14 @@ def dataset(name: str) -> datasets.Dataset:
     return datasets.load(name)
 
 
-def inputs(item: str, name: str, profile: str) -> list[Record]:
-    """The records that a figure or table is made from: its study's, or those of all studies for the overview."""
-    return everything(profile) if item == "overview" else records(name, profile, partial=True)
+def promised(name: str, profile: str) -> dict[str, Sequence[Record]]:
+    """The figures and tables that the study's notebook must write, each with the records it is made from.
+
+    Notebook 00 also writes the overview of all studies; it speaks of the paper profile only.
+    """
+    study = get(name)
+    items = dict(study.promises(records(name, profile, partial=True)))
+    return items | ({"overview": everything(profile)} if (name, profile) == ("start", "paper") else {})
 
 
 def everything(profile: str) -> list[Record]:
@@ -114,29 +149,45 @@ def everything(profile: str) -> list[Record]:
     return [record for name in NAMES for record in records(name, profile, partial=True)]
 
 
+def answers() -> list[Answer]:
+    """All studies' numbers beside published ids, from the paper profile's store."""
+    return [answer for name in NAMES for answer in get(name).answers(records(name, "paper", partial=True))]
+
+
 def overview() -> list[dict[str, Any]]:
-    """One row per published id with this companion's number from the paper profile's store, or "not yet"."""
-    answers = [a for name in NAMES for a in get(name).answers(records(name, "paper", partial=True))]
-    return published.overview(answers)
+    """One row per published id with this companion's number, or "not yet"."""
+    return published.overview(answers())
+
+
+def progress() -> str:
+    """One sentence on how complete the paper profile's store is."""
+    counts = [(name, len(missing(name, "paper")), len(get(name).specs("paper"))) for name in NAMES]
+    lacking = [f"{count} of {total} of {name}" for name, count, total in counts if count]
+    total = sum(total for *_, total in counts)
+    return f"Runs missing from the store: {', '.join(lacking)}." if lacking else f"All {total} runs are in the store."
 
 
 def items() -> list[dict[str, str]]:
     """One row per part of a paper: its notebook, figure, command, and how many of its ids are answered."""
-    answers = {a.id: a for name in NAMES for a in get(name).answers(records(name, "paper", partial=True))}
-    groups: dict[tuple[str, str], list[str]] = {}
+    by_id = {answer.id: answer for answer in answers()}
+    groups: dict[str, list[str]] = {}
     for row in published.load().values():
-        groups.setdefault((row.paper, row.where), []).append(row.id)
+        groups.setdefault(f"{row.paper}, {row.where}", []).append(row.id)
+    commands: dict[str, list[str]] = {}
+    for name in NAMES:
+        commands.setdefault(get(name).notebook, []).append(f"`condcomp run {name}`")
     rows = []
-    for (paper, where), ids in groups.items():
-        found = [answers[id] for id in ids if id in answers]
-        planned = {next(n for start, n in NOTEBOOKS.items() if id.startswith(start)) for id in ids}
-        books = sorted(planned | {a.notebook for a in found})
-        there = {study.notebook: study.name for study in map(get, NAMES)}
-        rows.append({
-            "paper item": f"{paper}, {where}",
-            "notebook": ", ".join(book if book in there else f"{book} (not yet)" for book in books),
-            "figure": ", ".join(sorted({a.figure for a in found})) or "not yet",
-            "command": ", ".join(f"condcomp run {there[book]}" for book in books if book in there) or "not yet",
-            "answered": f"{len(found)} of {len(ids)}",
-        })  # fmt: skip
+    for item, ids in groups.items():
+        found = [by_id[id] for id in ids if id in by_id]
+        planned = {next(book for beginning, book in NOTEBOOKS.items() if id.startswith(beginning)) for id in ids}
+        books = sorted(planned | {answer.notebook for answer in found})
+        rows.append(
+            {
+                "paper item": item,
+                "notebook": ", ".join(book if book in commands else f"{book} (not yet)" for book in books),
+                "figure": ", ".join(sorted({answer.figure for answer in found})) or "not yet",
+                "command": ", ".join(command for book in books for command in commands.get(book, [])) or "not yet",
+                "answered": f"{len(found)} of {len(ids)}",
+            }
+        )
     return rows
