@@ -47,7 +47,7 @@ lint: setup ## style, layers, types
 	$(BIN)/mypy
 
 unit: setup ## the library's tests, warnings as errors; headless executions by papermill among them
-	$(BIN)/pytest --doctest-modules condcomp_lib tests -m "not browser"
+	$(BIN)/pytest -n auto --doctest-modules condcomp_lib tests -m "not browser"
 
 notebooks: setup ## execute the committed notebooks and compare their checked outputs (nbval)
 	CONDCOMP_FIGURES=$(CURDIR)/build/nbval $(BIN)/pytest --nbval-lax notebooks

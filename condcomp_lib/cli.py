@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from condcomp_lib import __version__
+from condcomp_lib import __version__, paths
 from condcomp_lib.errors import CondcompError, UsageError
 
 # Modules that pull in torch or Jupyter are imported by the commands that need them, so that --help answers at once.
@@ -28,6 +28,7 @@ Jobs = Annotated[int | None, typer.Option(min=1, help="processes at a time; defa
 def main() -> None:
     """Entry point: errors of this library become one line on standard error and their exit code."""
     try:
+        paths.check_environment()
         app()
     except CondcompError as error:
         typer.secho(f"condcomp: {error}", err=True, fg="red")
@@ -43,7 +44,6 @@ def reproduce(
     reference: Annotated[bool, typer.Option(help="write the executed notebooks beside their texts")] = False,
 ) -> None:
     """Execute the notebooks headlessly, write their figures and tables, and check that all promised ones are there."""
-    from condcomp_lib import paths
     from condcomp_lib import reproduce as runner
 
     paths.check_profile(profile)
@@ -90,7 +90,7 @@ def _parse(given: list[str]) -> dict[str, Any]:
 
 
 def _summarise(executions: list[Any], profile: str, seconds: float) -> None:
-    from condcomp_lib import paths, studies
+    from condcomp_lib import studies
     from condcomp_lib.claims import VERDICTS
 
     done = {e.notebook for e in executions if not e.error}
@@ -110,8 +110,6 @@ def _summarise(executions: list[Any], profile: str, seconds: float) -> None:
 
 def _check_store(profile: str) -> None:
     """The quick profile's store is temporary: a command of its own would compute for the bin."""
-    from condcomp_lib import paths
-
     if paths.check_profile(profile) == "quick" and not os.environ.get("CONDCOMP_QUICK_STORE"):
         raise UsageError(
             "the quick profile's runs are temporary; use: condcomp reproduce --profile quick "
@@ -129,7 +127,7 @@ def run(
 ) -> None:
     """Compute the runs of a study that the store lacks."""
     _check_store(profile)
-    from condcomp_lib import paths, studies
+    from condcomp_lib import studies
 
     for name in studies.NAMES if study == "all" else [studies.get(study).name]:
         records = studies.run(name, profile, jobs=jobs, backend=backend, threads=threads)
@@ -144,7 +142,7 @@ def runs(
 ) -> None:
     """List the stored runs, and how many of the run tables are missing."""
     _check_store(profile)
-    from condcomp_lib import paths, studies
+    from condcomp_lib import studies
     from condcomp_lib.runs import RunStore, table
 
     names = [studies.get(study).name] if study else studies.NAMES

@@ -19,6 +19,15 @@ from condcomp_lib.errors import CondcompError, UsageError, unknown
 PROFILES = ("quick", "paper")
 
 
+VARIABLES = ("CONDCOMP_DATA", "CONDCOMP_CACHE", "CONDCOMP_STORE", "CONDCOMP_QUICK_STORE", "CONDCOMP_FIGURES")
+
+
+def check_environment() -> None:
+    """Raise UsageError when one of the environment variables names a folder by a relative path."""
+    for variable in VARIABLES:
+        _given(variable)
+
+
 def root() -> Path:
     """The repository: the folder that holds `notebooks/`, `data/` and `figures/`.
 

@@ -65,7 +65,7 @@ def skipping(curves: Mapping[str, tuple[Sequence[float], np.ndarray]], ax: Axes 
     ax.axhline(1, color=GREY, linewidth=0.8, linestyle=":")
     ax.set(xscale="log", xlim=(1.8, 110), ylim=(0, 1.08), ylabel="accuracy ratio (lazy / dense)")
     ticks = (2, 5, 10, 25, 50, 100)
-    ax.set_xticks(ticks, [f"{tick}%" for tick in ticks])
+    ax.set_xticks(ticks, [str(tick) for tick in ticks])
     ax.minorticks_off()
     return ax
 

@@ -134,8 +134,9 @@ class RunStore:
 
     Several processes may use one store at once. Reading never writes, so a read-only store serves what it has.
 
-    >>> store = RunStore("/tmp/example-store")                                                          # doctest: +SKIP
-    >>> store.obtain(RunSpec("toy", 1, {"seed": 0}), lambda spec: Outcome({"accuracy": 0.5})).result    # doctest: +SKIP
+    >>> import tempfile
+    >>> store = RunStore(tempfile.mkdtemp())
+    >>> store.obtain(RunSpec("toy", 1, {"seed": 0}), lambda spec: Outcome({"accuracy": 0.5})).result
     {'accuracy': 0.5}
     """
 

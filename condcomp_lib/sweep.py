@@ -50,8 +50,10 @@ def sweep(
     Raises SweepError after all other runs have finished when some failed, and at once where going on is pointless (no
     data, no room, changed code); UsageError for an unknown backend.
 
+    >>> import tempfile
     >>> toy = [RunSpec("toy", 1, {"seed": seed}) for seed in range(3)]
-    >>> len(sweep(toy, lambda spec: Outcome({"accuracy": 0.5}), RunStore("/tmp/store")))  # doctest: +SKIP
+    >>> store = RunStore(tempfile.mkdtemp())
+    >>> len(sweep(toy, lambda spec: Outcome({"accuracy": 0.5}), store, jobs=1, progress=False))
     3
     """
     check_backend(backend)

@@ -154,7 +154,7 @@ groups = start.by_network(records)
 fig, axes = plt.subplots(1, len(groups), figsize=(2.3 * len(groups) + 0.6, 3.0), sharey=True, squeeze=False)
 for ax, ((dataset, architecture), group) in zip(axes[0], groups.items(), strict=True):
     plots.skipping(start.curves(group), ax)
-    ax.set(title=f"{dataset}, {architecture}", xlabel="neurons evaluated")
+    ax.set(title=f"{dataset}, {architecture}", xlabel="neurons evaluated (%)")
     ax.label_outer()
 fig.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
 plots.save_figure(fig, "start_skipping", records, profile)

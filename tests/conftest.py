@@ -1,7 +1,11 @@
 """What all tests share: no test reads or writes the user's own cache or the repository's store by accident."""
 
+import hypothesis
 import pytest
 import torch
+
+hypothesis.settings.register_profile("shared-cores", deadline=None)  # how long an example takes says nothing here
+hypothesis.settings.load_profile("shared-cores")
 
 torch.set_num_threads(1)  # what the sweeps use; results depend on it
 

@@ -1,4 +1,7 @@
-"""A sweep in a process of its own, for tests that kill it: python sweep_child.py STORE JOBS RUNS LOG."""
+"""A sweep in a process of its own, for tests that kill it: python sweep_child.py STORE JOBS RUNS.
+
+With SWEEP_CHILD_LOG set, every computed run appends its seed and process there.
+"""
 
 import os
 import sys
@@ -10,7 +13,7 @@ import numpy as np
 from condcomp_lib.runs import Outcome, RunSpec, RunStore
 from condcomp_lib.sweep import sweep
 
-LOG = Path(sys.argv[4]) if len(sys.argv) > 4 else None
+LOG = os.environ.get("SWEEP_CHILD_LOG")
 
 
 def specs(count):
@@ -21,7 +24,7 @@ def compute(spec):
     seed = spec.settings["target_seed"]
     time.sleep(0.01)
     if LOG:
-        with LOG.open("a") as stream:  # one short write in append mode is atomic
+        with Path(LOG).open("a") as stream:  # one short write in append mode is atomic
             stream.write(f"{seed} {os.getpid()}\n")
     return Outcome({"accuracy": seed / 1000}, {"curve": np.full(500, seed)})
 

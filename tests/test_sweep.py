@@ -33,7 +33,8 @@ def fail_on_two(spec):
 
 def start(store, jobs, count, log=""):
     child = subprocess.Popen(
-        [sys.executable, str(CHILD), str(store.folder), str(jobs), str(count), *([str(log)] if log else [])],
+        [sys.executable, str(CHILD), str(store.folder), str(jobs), str(count)],
+        env={**os.environ, "SWEEP_CHILD_LOG": str(log)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
