@@ -46,7 +46,9 @@ pd.set_option("display.width", 160, "display.max_columns", 20, "display.max_colw
 # data needed); `quick` computes small ones on digits, here and now.
 
 # %% tags=["parameters"]
-profile: str = "paper"  # "paper": stored runs on MNIST and SVHN; "quick": computed now on digits
+profile: str = (
+    "paper"  # "paper": stored runs on MNIST and SVHN; "quick": computed now on digits
+)
 example: int = 3  # which test digit to look at (0 to 359)
 
 # %% [markdown]
@@ -82,7 +84,9 @@ example: int = 3  # which test digit to look at (0 to 359)
 data = studies.dataset("digits")
 spec = start.target_of({"dataset": "digits", "architecture": "2x64", "target_seed": 0})
 target, record = obtain_target(spec, data, RunStore(paths.artefacts("quick")))
-print(f"test accuracy {record.result['test_accuracy']:.3f} after {record.result['epochs']} epochs")
+print(
+    f"test accuracy {record.result['test_accuracy']:.3f} after {record.result['epochs']} epochs"
+)
 
 # %% [markdown]
 # ## Watch which neurons fire
@@ -101,7 +105,9 @@ with torch.inference_mode():
 fig, axes = plt.subplots(1, 2, figsize=(8, 1.9), width_ratios=(1, 5))
 plots.digit(data.test.x[example].reshape(8, 8), f"read as {answer}", axes[0])
 plots.firing([first[0].numpy(), second[0].numpy()], axes[1])
-axes[1].set_title(f"layer 1: {(first > 0).sum()} of 64 neurons fire, layer 2: {(second > 0).sum()} of 64")
+axes[1].set_title(
+    f"layer 1: {(first > 0).sum()} of 64 neurons fire, layer 2: {(second > 0).sum()} of 64"
+)
 plt.show()
 
 # %% [markdown]
@@ -133,7 +139,7 @@ full = multiply_adds(widths)
 for share in (1.0, 0.5, 0.25, 0.1):
     lazy = multiply_adds(widths, [share] * 3)
     by_layer = " ".join(f"{part / whole:7.4f}" for part, whole in zip(lazy, full, strict=True))
-    print(f"{share:4.0%} of the neurons: {by_layer} by layer, {sum(lazy) / sum(full):.3f} of the multiply-adds")
+    print(f"{share:4.0%} of neurons: {by_layer} by layer, {sum(lazy) / sum(full):.3f} in all")
 
 # %% [markdown]
 # > **The slides say** (*slides*, conclusion, id `Send.01`) that a quarter of the units means about 6.25% of the
@@ -151,7 +157,8 @@ for share in (1.0, 0.5, 0.25, 0.1):
 # %%
 records = studies.records("start", profile)
 groups = start.by_network(records)
-fig, axes = plt.subplots(1, len(groups), figsize=(2.3 * len(groups) + 0.6, 3.0), sharey=True, squeeze=False)
+size = (2.3 * len(groups) + 0.6, 3.0)
+fig, axes = plt.subplots(1, len(groups), figsize=size, sharey=True, squeeze=False)
 for ax, ((dataset, architecture), group) in zip(axes[0], groups.items(), strict=True):
     plots.skipping(start.curves(group), ax)
     ax.set(title=f"{dataset}, {architecture}", xlabel="neurons evaluated (%)")
@@ -173,7 +180,7 @@ plt.show()
 # %% tags=["nbval-check-output"]
 summary = tables.frame(start.summary(records))
 tables.save_table(summary, "start_targets", records, profile)
-print(summary.to_string(index=False))
+display(Markdown(tables.markdown(summary)))
 
 # %% [markdown]
 # ## Judge the claims
@@ -183,7 +190,8 @@ print(summary.to_string(index=False))
 
 # %% tags=["nbval-check-output"]
 judged = claims.check_verdicts(start.claims(records), profile)
-print(tables.frame(tables.claim_rows(judged))[["claim", "found", "verdict"]].to_string(index=False))
+rows = tables.frame(tables.claim_rows(judged))
+display(Markdown(tables.markdown(rows[["claim", "found", "holds if", "verdict"]])))
 
 # %% [markdown]
 # ## Find your way

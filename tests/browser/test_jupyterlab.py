@@ -1,5 +1,6 @@
 """JupyterLab in a real browser: the start page opens, runs from top to bottom, and shows its figures."""
 
+import json
 import os
 import shutil
 import socket
@@ -13,6 +14,8 @@ import pytest
 from condcomp_lib import paths
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+PROMPTS = "[...document.querySelectorAll('.jp-CodeCell .jp-InputArea-prompt')].map(cell => cell.innerText)"
 
 pytestmark = [
     pytest.mark.browser,
@@ -35,7 +38,7 @@ def lab(tmp_path):
         **os.environ,
         "JUPYTER_CONFIG_DIR": str(tmp_path / "config"),
         "JUPYTER_DATA_DIR": str(tmp_path / "data"),
-        "CONDCOMP_FIGURES": str(tmp_path / "figures"),
+        "JUPYTERLAB_SETTINGS_DIR": str(_settings(tmp_path / "settings")),
     }
     options = ["--no-browser", f"--port={port}", "--ip=127.0.0.1", "--IdentityProvider.token=test", "--allow-root"]
     with (tmp_path / "log").open("w") as log:
@@ -50,6 +53,18 @@ def lab(tmp_path):
     finally:
         server.terminate()
         server.wait(timeout=30)
+
+
+def _settings(folder):
+    """All cells in the page, also those out of sight, and no question about news."""
+    for plugin, settings in (
+        ("notebook-extension/tracker", {"windowingMode": "none"}),
+        ("apputils-extension/notification", {"fetchNews": "false"}),
+    ):
+        path = folder / "@jupyterlab" / f"{plugin}.jupyterlab-settings"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps(settings))
+    return folder
 
 
 def _wait_for(url, log):
@@ -74,14 +89,12 @@ def test_the_start_page_runs_in_jupyterlab(lab):
         page.wait_for_selector(".jp-Notebook .jp-CodeCell", timeout=60_000)
         page.wait_for_selector("text=| Idle", timeout=60_000)
         page.screenshot(path=shots / "start-page.png")
-        page.click("text=Run >> nth=0")
-        page.click("text=Restart Kernel and Run All Cells")
-        page.click(".jp-Dialog button:has-text('Restart')")
-        page.wait_for_function(
-            """() => { const p = [...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].map(e => e.innerText);
-                       return p.length > 5 && p.every(t => /\\[\\d+\\]/.test(t)); }""",
-            timeout=120_000,
-        )
+        page.get_by_role("menuitem", name="Run", exact=True).click()
+        page.get_by_text("Restart Kernel and Run All Cells…").click()
+        page.get_by_role("button", name="Confirm Kernel Restart").click()
+        # While a cell waits or runs, its prompt is [*]; afterwards all are numbered from 1.
+        page.wait_for_function(f"() => {PROMPTS}.some(text => text.includes('*'))", timeout=60_000)
+        page.wait_for_function(f"() => {PROMPTS}.every((text, i) => text.includes(`[${{i + 1}}]`))", timeout=120_000)
         page.wait_for_selector("text=| Idle", timeout=60_000)
         assert page.locator(".jp-RenderedText[data-mime-type='application/vnd.jupyter.stderr']").count() == 0
         assert page.locator(".jp-RenderedImage img").count() >= 3
