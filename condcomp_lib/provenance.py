@@ -65,4 +65,4 @@ def _git(*arguments: str) -> str | None:
         done = subprocess.run(command, cwd=paths.root(), capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError, CondcompError):
         return None
-    return done.stdout.strip()
+    return done.stdout.rstrip()

@@ -46,9 +46,7 @@ pd.set_option("display.width", 160, "display.max_columns", 20, "display.max_colw
 # data needed); `quick` computes small ones on digits, here and now.
 
 # %% tags=["parameters"]
-profile: str = (
-    "paper"  # "paper": stored runs on MNIST and SVHN; "quick": computed now on digits
-)
+profile: str = "paper"  # "paper": stored runs; "quick": computed now, on digits
 example: int = 3  # which test digit to look at (0 to 359)
 
 # %% [markdown]
