@@ -11,6 +11,7 @@ JOBS ?= 1
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@echo "variables: PYTHON=python3.12, JOBS=2 (notebooks at a time), TORCH_INDEX= (PyPI's torch instead of the CPU build)"
 
 setup: .venv/installed ## create .venv and install exactly what requirements.lock says
 
@@ -21,7 +22,7 @@ setup: .venv/installed ## create .venv and install exactly what requirements.loc
 	@# An index that does not answer is no error: torch then comes from the usual place.
 	@if [ -n "$(TORCH_INDEX)" ]; then $(BIN)/python -m pip install --quiet --no-deps --retries 0 --timeout 15 \
 		--index-url $(TORCH_INDEX) "$$(grep '^torch==' requirements.lock)" 2>/dev/null \
-		|| echo "torch comes from the usual place"; fi
+		|| echo "no answer from $(TORCH_INDEX): torch comes from PyPI, on Linux with gigabytes of CUDA"; fi
 	$(BIN)/python -m pip install --quiet -r requirements.lock
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	@touch $@

@@ -56,8 +56,11 @@ def judge(id: str, source: str, statement: str, interval: Interval, *, above: fl
 def recorded(path: Path | None = None) -> dict[str, str]:
     """The recorded verdicts by claim id."""
     path = path or paths.verdicts_csv()
-    with path.open(newline="", encoding="utf-8") as stream:
-        verdicts = {row["claim"]: row["verdict"] for row in csv.DictReader(stream)}
+    try:
+        with path.open(newline="", encoding="utf-8") as stream:
+            verdicts = {row["claim"]: row["verdict"] for row in csv.DictReader(stream)}
+    except (OSError, KeyError) as error:
+        raise CondcompError(f"cannot read {path}: it must be a CSV file with the columns claim,verdict") from error
     for claim, verdict in verdicts.items():
         if verdict not in VERDICTS:
             raise CondcompError(f"{path} gives {claim!r} the verdict {verdict!r}; known: {', '.join(VERDICTS)}")

@@ -1,4 +1,7 @@
-"""The `condcomp` command."""
+"""Reproduce the conditional-computation papers: execute the notebooks, compute their runs, check what is stored.
+
+Start with: condcomp reproduce --profile quick
+"""
 
 import os
 import sys
@@ -122,7 +125,7 @@ def run(
     study: Annotated[str, typer.Argument(help="the study's name, or 'all'")],
     profile: Profile = "paper",
     jobs: Jobs = None,
-    backend: Annotated[str, typer.Option(help="joblib backend: loky (processes), sequential, dask, ...")] = "loky",
+    backend: Annotated[str, typer.Option(help="joblib backend: loky (processes) or sequential")] = "loky",
     threads: Annotated[int, typer.Option(min=1, help="torch threads of each process")] = 1,
 ) -> None:
     """Compute the runs of a study that the store lacks."""

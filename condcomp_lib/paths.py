@@ -59,7 +59,7 @@ def published_csv() -> Path:
 
 
 def verdicts_csv() -> Path:
-    """The recorded verdict of every claim at paper scale."""
+    """The recorded verdict of every claim, of both profiles."""
     return root() / "data" / "verdicts.csv"
 
 

@@ -12,8 +12,8 @@ from condcomp_lib import paths
 from condcomp_lib.errors import CondcompError, UsageError
 from condcomp_lib.stats import Interval
 
-DESCRIPTION = ("id", "paper", "where", "dataset", "architecture", "method")
-COLUMNS = (*DESCRIPTION, "setting", "metric", "value", "spread", "note")
+DESCRIPTION = ("id", "paper", "where", "dataset", "architecture", "method", "setting")
+COLUMNS = (*DESCRIPTION, "metric", "value", "spread", "note")
 
 # Decimals of our numbers by metric; 2 for every *_percent, 3 for any other.
 _DIGITS = {
@@ -51,7 +51,7 @@ class Published:
         if self.value is None:
             return "lost" if "missing" in self.note else "described"
         spread = "" if self.spread is None else f" ± {self.spread:.{self.decimals}f}"
-        return f"{self.value:.{self.decimals}f}{spread}"
+        return f"{'about ' * (self.note == 'about')}{self.value:.{self.decimals}f}{spread}"
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def overview(
 
 
 def _line(row: Published, answer: Answer | None, otherwise: str) -> dict[str, str]:
-    notes = [row.note, f"ours: {answer.note}" if answer and answer.note else ""]
+    notes = [row.note * (row.note != "about"), f"ours: {answer.note}" if answer and answer.note else ""]
     return {
         **{name: getattr(row, name) for name in DESCRIPTION},
         "metric": row.metric,

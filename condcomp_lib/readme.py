@@ -5,7 +5,7 @@ import re
 
 import pandas as pd
 
-from condcomp_lib import paths, studies, tables
+from condcomp_lib import paths, reproduce, studies, tables
 from condcomp_lib.errors import CondcompError
 from condcomp_lib.files import write_atomically
 from condcomp_lib.studies import start
@@ -52,6 +52,9 @@ def blocks() -> dict[str, str]:
     return {
         "targets": tables.markdown(tables.frame(start.summary(records))),
         "items": tables.markdown(pd.DataFrame(studies.items())),
-        "answered": f"{answered} of {len(rows)} published numbers have ours beside them so far. {studies.progress()}",
+        "answered": (
+            f"**How far it is**: notebooks so far: {', '.join(reproduce.names())}; {answered} of {len(rows)} published "
+            f"numbers have ours beside them. {studies.progress()}"
+        ),
         "times": tables.markdown(pd.DataFrame(times["rows"])) + f"\n\nMeasured on {times['machine']}.",
     }

@@ -120,7 +120,15 @@ def execute(
             finished = concurrent.futures.as_completed(tasks)
             for _ in tqdm(finished, total=len(tasks), unit="notebook", desc=f"notebooks, profile {profile}"):
                 pass
-            return [task.result() for task in tasks]
+            return [_result(task, name, output) for task, name in zip(tasks, sources, strict=True)]
+
+
+def _result(task: "concurrent.futures.Future[Execution]", name: str, output: Path) -> Execution:
+    try:
+        return task.result()
+    except concurrent.futures.BrokenExecutor:
+        error = f"{name}: its process was killed, perhaps for want of memory"
+        return Execution(name, output / f"{name}.ipynb", 0.0, error)
 
 
 def _execute(name: str, source: Path, output: Path, parameters: Mapping[str, Any]) -> Execution:

@@ -4,10 +4,10 @@ Every worker writes its finished run into the store itself, so stopping a sweep 
 most the runs in progress, and starting it again computes only what is missing.
 """
 
+import concurrent.futures
 import contextlib
 import importlib
 import math
-import os
 import random
 import sys
 import traceback
@@ -69,7 +69,7 @@ def sweep(
         bar.set_description(f"{len(found)} of {len(wanted)} runs stored" if found else "runs")
         # What another sweep is computing is left for a second pass, so that two sweeps share the work.
         for wait in (False, True):
-            finished = _pass(missing, compute, store, backend, jobs or os.cpu_count() or 1, threads, wait)
+            finished = _pass(missing, compute, store, backend, jobs or joblib.cpu_count(), threads, wait)
             missing = []
             for name, done, failure in finished:
                 if not done and not failure:
@@ -117,10 +117,16 @@ def _pass(
     options = {"inner_max_num_threads": threads} if name == "loky" else {}
     tasks = (joblib.delayed(_one)(store, spec, compute, threads, wait) for spec in specs)
     with joblib.parallel_config(backend=name, n_jobs=jobs, **options):
-        for run, done, failure, fatal in joblib.Parallel(return_as="generator_unordered")(tasks):
-            if fatal:
-                raise SweepError(f"{failure} (finished runs are stored)")
-            yield run, done, failure
+        try:
+            for run, done, failure, fatal in joblib.Parallel(return_as="generator_unordered")(tasks):
+                if fatal:
+                    raise SweepError(f"{failure} (finished runs are stored)")
+                yield run, done, failure
+        except concurrent.futures.BrokenExecutor as error:
+            raise SweepError(
+                "a worker process was killed, perhaps for want of memory; finished runs are stored: "
+                "start again, with fewer jobs if memory is short"
+            ) from error
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from condcomp_lib.datasets import Dataset, Split
-from condcomp_lib.errors import CondcompError, unknown
+from condcomp_lib.errors import CondcompError, UsageError, unknown
 from condcomp_lib.runs import Outcome, Record, RunSpec, RunStore
 from condcomp_lib.targets import MLP, hidden_widths
 
@@ -49,6 +49,8 @@ def target_spec(
     >>> target_spec("digits", "2x64", target_seed=0).settings["learning_rate"]
     0.001
     """
+    if epochs < 1 or batch < 1:
+        raise UsageError(f"epochs and batch must be at least 1, not {epochs} and {batch}")
     if schedule not in SCHEDULES:
         raise unknown("schedule", schedule, SCHEDULES)
     settings = {
@@ -74,6 +76,7 @@ def obtain_target(spec: RunSpec, data: Dataset, artefacts: RunStore) -> tuple[ML
     unofficial copy are never taken for those from the official files.
     """
     artefacts = RunStore(artefacts.folder / data.checksum, artefacts.made_by)
+    artefacts.clean()
     record = artefacts.obtain(spec, lambda wanted: train_target(wanted, data))
     model = build(spec, data)
     model.load_state_dict({name: torch.from_numpy(array) for name, array in record.arrays().items()})

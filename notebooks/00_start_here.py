@@ -16,12 +16,13 @@
 #
 # A trained network computes every neuron for every input, although for any one input many are at zero and more hardly
 # matter. *Conditional computation* evaluates only the part of the network that an input needs. This companion
-# reproduces four texts on it, measures what they promised, and makes the method usable on your own network.
+# sets out to reproduce the texts on it (see the references) and to measure what they promised; below stands how far it
+# has come.
 #
 # - **What you will do**: train a small network on handwritten digits, watch which of its neurons fire, skip the rest,
 #   and see what that costs and saves.
-# - **What you will learn**: the words that all notebooks use (target network, partition, policy, lazy network), and
-#   how much there is to gain before anything clever is done.
+# - **What you will learn**: what the words mean that all notebooks use (target network, partition, policy, lazy
+#   network), and how much there is to gain before any of them is at work.
 # - **What you need**: basic PyTorch. No GPU, no download.
 # - **How long it takes**: ten minutes to read, under a minute to run.
 
@@ -172,8 +173,9 @@ plots.save_figure(fig, "start_activity", records, profile)
 plt.show()
 
 # %% [markdown]
-# Every number is an interquartile mean over seeds with a 95% bootstrap interval, never the best run. With five seeds
-# such an interval is somewhat too narrow, which `condcomp_lib.stats` states with its measured coverage.
+# Every number is an interquartile mean over seeds with a 95% bootstrap interval, never the best run. The intervals speak
+# of seeds only, not of the test set's own error, and with few seeds they are too narrow: `condcomp_lib.stats` gives
+# their measured coverage, below 90% for five runs or fewer. Read "holds" and "refuted" below with that in mind.
 
 # %% tags=["nbval-check-output"]
 summary = tables.frame(start.summary(records))
@@ -202,8 +204,9 @@ display(Markdown(tables.markdown(pd.DataFrame(studies.items()))))
 # %% [markdown]
 # ## Compare: published and ours
 #
-# All numbers of the four texts that this companion works on, with ours beside them as they arrive. "Lost" marks cells
-# that the paper itself could not report. Ours always come from the stored runs of the paper profile.
+# All numbers that this companion works on, with ours beside them as they arrive. "Lost" marks cells that the paper
+# itself could not report, "described" what it says in words only. Ours always come from the stored runs of the paper
+# profile.
 
 # %%
 overview = pd.DataFrame(studies.overview())
@@ -211,9 +214,10 @@ if profile == "paper":
     tables.save_table(overview, "overview", studies.everything(profile), profile)
 answered, waiting = overview[overview.ours != "not yet"], overview[overview.ours == "not yet"]
 display(Markdown(studies.progress()))
-display(Markdown(tables.markdown(answered.drop(columns=["method", "notebook"]))))
-display(Markdown(f"{len(answered)} of {len(overview)} ids have ours; not yet:"))
-display(Markdown(tables.markdown(waiting.drop(columns=["ours", "note", "notebook"]))))
+display(Markdown(tables.markdown(answered.drop(columns="notebook"))))
+table = tables.markdown(waiting.drop(columns=["ours", "notebook"]))
+title = f"{len(answered)} of {len(overview)} numbers have ours; click for those still to come"
+display(Markdown(f"<details><summary>{title}</summary>\n\n{table}\n\n</details>"))
 
 # %% [markdown]
 # ## What we found

@@ -84,12 +84,23 @@ def test_recording_keeps_the_other_verdicts_and_says_what_changed(verdicts):
     assert record([claim(0.1, 0.2)], path) == {}
 
 
-@pytest.mark.parametrize("profile", ["quick", "paper"])
-def test_every_claim_of_every_study_has_a_recorded_verdict(profile):
-    for name in studies.NAMES:
-        claims = studies.get(name).claims(studies.records(name, profile))
-        assert {claim.id for claim in claims} <= set(recorded())
+def test_every_claim_has_a_recorded_verdict_and_none_has_vanished():
+    judged = {
+        profile: [c for name in studies.NAMES for c in studies.get(name).claims(studies.records(name, profile))]
+        for profile in ("quick", "paper")
+    }
+    for profile, claims in judged.items():
         check_verdicts(claims, profile)
+    assert {claim.id for claims in judged.values() for claim in claims} == set(recorded())
+
+
+def test_a_file_of_verdicts_that_is_none_is_one_clear_line(tmp_path):
+    path = tmp_path / "verdicts.csv"
+    with pytest.raises(CondcompError, match="columns claim,verdict"):
+        recorded(path)
+    path.write_text("a,b\n1,2\n")
+    with pytest.raises(CondcompError, match="columns claim,verdict"):
+        recorded(path)
 
 
 def test_an_unknown_verdict_in_the_file_is_named(verdicts):

@@ -9,7 +9,20 @@ from condcomp_lib.published import COLUMNS, Answer, PublishedError, get, load, o
 from condcomp_lib.stats import Interval
 
 HEADER = ",".join(COLUMNS)
-KEYS = ["id", "paper", "where", "dataset", "architecture", "method", "metric", "published", "ours", "note", "notebook"]
+KEYS = [
+    "id",
+    "paper",
+    "where",
+    "dataset",
+    "architecture",
+    "method",
+    "setting",
+    "metric",
+    "published",
+    "ours",
+    "note",
+    "notebook",
+]
 
 
 @pytest.fixture
@@ -46,7 +59,7 @@ def test_every_number_of_the_file_is_read_as_it_stands():
         assert row.note == fields["note"]
         assert [row.value, row.spread] == [float(fields[k]) if fields[k] else None for k in ("value", "spread")]
         if fields["value"]:  # printed with the paper's own decimals
-            assert row.format() == " ± ".join(filter(None, (fields["value"], fields["spread"])))
+            assert row.format().removeprefix("about ") == " ± ".join(filter(None, (fields["value"], fields["spread"])))
 
 
 def test_get_finds_one_row_that_cannot_be_changed():
@@ -76,6 +89,7 @@ def test_numbers_that_the_papers_lack_are_lost_or_described():
     assert by_id["Pt1.02"] == by_id["Pt2.02"] == "lost"
     assert by_id["Ds4.04"] == by_id["Fs41.01"] == "described"
     assert by_id["Pt1.05"] == "0.888 ± 0.008"
+    assert by_id["Fs42.01"] == "about 2.3"
 
 
 # Answers
@@ -98,9 +112,9 @@ def test_our_numbers_are_rounded_by_metric(write, metric, ours, expected):
 
 
 def test_an_answer_fills_its_own_row_only(write):
-    path = write(line("A1", note="about"), line("A2"))
+    path = write(line("A1", note="best"), line("A2"))
     table = shown(path, Answer("A1", 0.4, "accuracy_ratio", note="3 seeds", notebook="03-greedy", figure="ratio"))
-    assert table["A1"]["note"] == "about; ours: 3 seeds"
+    assert table["A1"]["note"] == "best; ours: 3 seeds"
     assert table["A1"]["notebook"] == "03-greedy"
     assert (table["A2"]["ours"], table["A2"]["note"], table["A2"]["notebook"]) == ("not yet", "", "")
 

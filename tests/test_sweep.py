@@ -181,6 +181,18 @@ def test_code_that_changed_meanwhile_is_not_run_under_the_old_name(store, monkey
     assert not list(store.records())
 
 
+def test_a_killed_worker_is_one_clear_line_and_finished_runs_stay(store):
+    def die_on_three(spec):
+        if spec.settings["target_seed"] == 3:
+            time.sleep(1)  # let the others finish
+            os.kill(os.getpid(), signal.SIGKILL)
+        return Outcome({"accuracy": 0.5})
+
+    with pytest.raises(SweepError, match="a worker process was killed"):
+        sweep(specs(4), die_on_three, store, jobs=2, progress=False)
+    assert len(list(store.records())) == 3
+
+
 def test_dask_without_dask_says_what_to_install(store, monkeypatch):
     monkeypatch.setitem(sys.modules, "distributed", None)
     with pytest.raises(UsageError, match="pip install distributed"):

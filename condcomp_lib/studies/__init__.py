@@ -107,18 +107,19 @@ def records(name: str, profile: str, *, partial: bool = False) -> list[Record]:
 def audit(name: str, profile: str, *, sample: int, artefacts: RunStore, seed: int = 0) -> list[sweep.AuditRow]:
     """Recompute a random sample of the study's stored runs; `artefacts` is an empty cache, so nothing is reused.
 
-    The same code on the same machine gives the same numbers. Another machine rounds differently, and training amplifies
-    that to the size of another seed: allowed is what four standard deviations of the difference of two seeds come to,
-    estimated from the stored runs that differ in their seeds only, and at least half a point.
+    Another machine rounds differently, and training amplifies that to the size of another seed: allowed is what four
+    standard deviations of the difference of two seeds come to, estimated from the *other* stored runs that differ in
+    their seeds only (so that a wrong run cannot widen its own tolerance), at least half a point and at most five.
     """
     study, known = get(name), records(name, profile, partial=True)
     compute = functools.partial(study.compute, artefacts=artefacts)
 
     def tolerance(record: Record) -> dict[str, Any]:
-        like = [other for other in known if _but_for_seeds(other.spec) == _but_for_seeds(record.spec)]
-        spread = {field: np.std([other.result[field] for other in like], axis=0, ddof=min(1, len(like) - 1))
-                  for field in study.audited}  # fmt: skip
-        return {field: np.maximum(0.005, 4 * math.sqrt(2) * deviation) for field, deviation in spread.items()}
+        others = [r for r in known if r.name != record.name and _but_for_seeds(r.spec) == _but_for_seeds(record.spec)]
+        if len(others) < 2:
+            return {field: np.full(np.shape(record.result[field]), 0.05) for field in study.audited}
+        spread = {field: np.std([other.result[field] for other in others], axis=0, ddof=1) for field in study.audited}
+        return {field: np.clip(4 * math.sqrt(2) * deviation, 0.005, 0.05) for field, deviation in spread.items()}
 
     return sweep.audit(known, compute, tolerance, sample=sample, seed=seed)
 
@@ -179,8 +180,7 @@ def items() -> list[dict[str, str]]:
     rows = []
     for item, ids in groups.items():
         found = [by_id[id] for id in ids if id in by_id]
-        planned = {next(book for beginning, book in NOTEBOOKS.items() if id.startswith(beginning)) for id in ids}
-        books = sorted(planned | {answer.notebook for answer in found})
+        books = sorted({_planned(id) for id in ids} | {answer.notebook for answer in found})
         rows.append(
             {
                 "paper item": item,
@@ -191,3 +191,10 @@ def items() -> list[dict[str, str]]:
             }
         )
     return rows
+
+
+def _planned(id: str) -> str:
+    for beginning, notebook in NOTEBOOKS.items():
+        if id.startswith(beginning):
+            return notebook
+    raise CondcompError(f"no notebook takes up the published id {id!r}; add its beginning to studies.NOTEBOOKS")

@@ -167,16 +167,15 @@ def findings(records: Sequence[Record]) -> str:
     """What the runs say, as a Markdown list with its numbers filled in."""
     lines = []
     for (dataset, architecture), group in by_network(records).items():
-        active, best, blind, compute = (
-            stats.interval(100 * values(group, field, share)).estimate
-            for field, share in (
-                ("activity", None), ("best_ratio", 0.25), ("random_ratio", 0.25), ("compute_by_share", 0.25),
-            )
-        )  # fmt: skip
+        active, best, blind = (
+            stats.interval(values(group, field, share)).format(2)
+            for field, share in (("activity", None), ("best_ratio", 0.25), ("random_ratio", 0.25))
+        )
+        compute = values(group, "compute_by_share", 0.25)[0]
         lines.append(
-            f"- **{architecture} on {dataset}**: {active:.0f}% of the hidden neurons fire on an example. The right "
-            f"quarter of them keeps {best:.1f}% of the accuracy at {compute:.1f}% of the multiply-adds; a random "
-            f"quarter keeps {blind:.0f}%."
+            f"- **{architecture} on {dataset}**: the share of hidden neurons that fire on an example is {active}. The "
+            f"best quarter of each layer keeps {best} of the accuracy at {compute:.2f} of the multiply-adds; a random "
+            f"quarter keeps {blind}."
         )
     return "\n".join(lines)
 
@@ -186,7 +185,7 @@ def summary(records: Sequence[Record]) -> list[dict[str, Any]]:
     return [
         {
             "data set": dataset,
-            "files": group[0].provenance["data_note"],
+            "files": _files(group),
             "architecture": architecture,
             "seeds": len(group),
             "accuracy": stats.interval(values(group, "accuracy")),
@@ -223,9 +222,14 @@ def answers(records: Sequence[Record]) -> list[Answer]:
     return found
 
 
+def _files(group: Sequence[Record]) -> str:
+    """Where the data of these runs come from; all of it, should copies be mixed."""
+    return " and ".join(sorted({record.provenance["data_note"] for record in group}))
+
+
 def _caveat(group: Sequence[Record]) -> str:
     """What a reader must know of these runs: the data's standing where it is not official, seeds still to come."""
-    files = group[0].provenance["data_note"]
+    files = _files(group)
     return "; ".join(
         ([] if files == "official" else [f"{files} of the data"])
         + ([] if len(group) >= SEEDS["paper"] else [f"{len(group)} of {SEEDS['paper']} seeds so far"])
