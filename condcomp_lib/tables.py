@@ -34,6 +34,20 @@ def claim_rows(claims: Iterable[Claim]) -> list[dict[str, Any]]:
     ]
 
 
+def compact(overview: pd.DataFrame) -> pd.DataFrame:
+    """The overview of published numbers (`studies.overview`) in few columns, for reading."""
+    described = overview[["dataset", "architecture", "method", "setting"]].apply(
+        lambda row: ", ".join(filter(None, row)), axis="columns"
+    )
+    columns = {
+        "id": overview["id"],
+        "item": overview["paper"] + ", " + overview["where"],
+        "what": described,
+        "metric": overview["metric"].str.replace("_", " "),
+    }
+    return pd.DataFrame(columns | {name: overview[name] for name in ("published", "ours", "note")})
+
+
 def save_table(table: pd.DataFrame, name: str, records: Sequence[Record], profile: str) -> None:
     """Write `table` as CSV with its provenance sidecar."""
     manifest.save(name, {".csv": table.to_csv(index=False).encode()}, records, profile)

@@ -212,10 +212,11 @@ display(Markdown(tables.markdown(pd.DataFrame(studies.items()))))
 overview = pd.DataFrame(studies.overview())
 if profile == "paper":
     tables.save_table(overview, "overview", studies.everything(profile), profile)
-answered, waiting = overview[overview.ours != "not yet"], overview[overview.ours == "not yet"]
+rows = tables.compact(overview)
+answered, waiting = rows[rows.ours != "not yet"], rows[rows.ours == "not yet"]
 display(Markdown(studies.progress()))
-display(Markdown(tables.markdown(answered.drop(columns="notebook"))))
-table = tables.markdown(waiting.drop(columns=["ours", "notebook"]))
+display(Markdown(tables.markdown(answered)))
+table = tables.markdown(waiting.drop(columns="ours"))
 title = f"{len(answered)} of {len(overview)} numbers have ours; click for those still to come"
 display(Markdown(f"<details><summary>{title}</summary>\n\n{table}\n\n</details>"))
 

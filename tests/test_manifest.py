@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from condcomp_lib import manifest, plots, tables
+from condcomp_lib import manifest, plots, published, tables
 from condcomp_lib.runs import Outcome, RunSpec, RunStore, digest
 from condcomp_lib.stats import Interval
 
@@ -107,6 +107,14 @@ def test_plots_draw_on_the_given_axes_and_return_them():
     assert plots.digit(np.zeros((8, 8)), "zero", axes[3]) is axes[3]
     fig.canvas.draw()
     plots.close(fig)
+
+
+def test_the_compact_overview_keeps_every_row_and_says_what_differs():
+    overview = pd.DataFrame(published.overview([]))
+    rows = tables.compact(overview)
+    assert list(rows.id) == list(overview.id)
+    assert not rows[["item", "what", "metric"]].duplicated(keep=False)[rows.item == "partitions, Table 1"].any()
+    assert list(rows.columns) == ["id", "item", "what", "metric", "published", "ours", "note"]
 
 
 def test_frames_format_intervals_and_markdown_keeps_columns_apart():
