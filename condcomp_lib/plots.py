@@ -118,8 +118,3 @@ def digit(image: np.ndarray, title: str, ax: Axes | None = None) -> Axes:
     ax.set(xticks=[], yticks=[], title=title)
     ax.grid(visible=False)
     return ax
-
-
-def close(figures: Any = "all") -> None:
-    """Close figures that are saved and shown."""
-    plt.close(figures)

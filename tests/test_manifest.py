@@ -44,7 +44,7 @@ def contents(folder):
 def save_all(records):
     plots.save_figure(draw(records), "toy_figure", records, "quick")
     tables.save_table(pd.DataFrame({"a": [1]}), "toy_table", records, "quick")
-    plots.close()
+    plt.close("all")
 
 
 def check(records, since=0.0):
@@ -106,7 +106,7 @@ def test_plots_draw_on_the_given_axes_and_return_them():
     assert plots.firing([np.array([0.0, 1.0, 2.0]), np.zeros(2)], axes[2]) is axes[2]
     assert plots.digit(np.zeros((8, 8)), "zero", axes[3]) is axes[3]
     fig.canvas.draw()
-    plots.close(fig)
+    plt.close(fig)
 
 
 def test_the_compact_overview_keeps_every_row_and_says_what_differs():
