@@ -55,7 +55,7 @@ def test_firing_rates_equal_a_direct_count():
     net = MLP(64, (10, 7), 10)
     first = torch.relu(net.linears[0](torch.from_numpy(data.test.x)))
     second = torch.relu(net.linears[1](first))
-    for rates, h in zip(start.firing_rates(net, data), (first, second), strict=True):
+    for rates, h in zip(start.firing_rates(net, data.test), (first, second), strict=True):
         np.testing.assert_allclose(rates, (h > 0).double().mean(0).numpy())
 
 

@@ -19,8 +19,9 @@ from condcomp_lib.claims import Claim, judge
 from condcomp_lib.datasets import Dataset
 from condcomp_lib.published import Answer
 from condcomp_lib.runs import Outcome, Record, RunSpec, RunStore
+from condcomp_lib.studies.targets import NO_EXTRA, firing_rates, target_of
 from condcomp_lib.targets import MLP, multiply_adds
-from condcomp_lib.training import obtain_target, target_spec
+from condcomp_lib.training import obtain_target
 
 RECIPE = 1
 SHARES = (0.02, 0.05, 0.1, 0.15, 0.25, 0.5, 0.75, 1.0)  # of the neurons of every hidden layer
@@ -29,14 +30,6 @@ NETWORKS = {
     "paper": (("mnist", "32"), ("mnist", "256"), ("mnist", "500"), ("svhn", "2x200"), ("svhn", "3x800")),
 }
 SEEDS = {"quick": 3, "paper": 5}
-# Learning rates chosen by the validation accuracy of seed 0 after 12 epochs: among 0.001 and 0.0005 for MNIST (500
-# units), among 0.001, 0.0005, 0.0003 and 0.0002 for SVHN (2x200).
-TRAINING: dict[str, Any] = {
-    "digits": {"batch": 32, "epochs": 40, "learning_rate": 1e-3},
-    "mnist": {"epochs": 20, "learning_rate": 1e-3},
-    "svhn": {"epochs": 12, "learning_rate": 5e-4},
-}
-NO_EXTRA = "trained without the 531,131 extra digits that the paper's 92-94% need"
 
 
 def specs(profile: str) -> list[RunSpec]:
@@ -55,12 +48,6 @@ def specs(profile: str) -> list[RunSpec]:
     return found
 
 
-def target_of(settings: Mapping[str, Any]) -> RunSpec:
-    """The spec of the target that a run with these settings measures."""
-    dataset = settings["dataset"]
-    return target_spec(dataset, settings["architecture"], target_seed=settings["target_seed"], **TRAINING[dataset])
-
-
 def compute(spec: RunSpec, artefacts: RunStore) -> Outcome:
     """Train (or fetch) the target, then measure on the test split what happens when neurons are skipped."""
     settings = spec.settings
@@ -69,7 +56,7 @@ def compute(spec: RunSpec, artefacts: RunStore) -> Outcome:
     started = time.perf_counter()
     generator = torch.Generator().manual_seed(settings["target_seed"])
     dense = skipped_accuracy(target, data, 1.0, "best")
-    firing = firing_rates(target, data)
+    firing = firing_rates(target, data.test)
     widths = (data.train.x.shape[1], *target.hidden, data.classes)
     full = sum(multiply_adds(widths))
     result: dict[str, Any] = {
@@ -119,17 +106,6 @@ def skipped_accuracy(
         )
     ]
     return torch.cat(hits).double().mean().item()
-
-
-@torch.inference_mode()
-def firing_rates(target: MLP, data: Dataset) -> list[np.ndarray]:
-    """For each hidden layer, the share of test examples on which each neuron is above zero (float64, neurons)."""
-    counts = [torch.zeros(width, dtype=torch.float64) for width in target.hidden]
-    for x in torch.from_numpy(data.test.x).split(2048):
-        for index, layer in enumerate(target.linears[:-1]):
-            x = target.activation(layer(x))
-            counts[index] += (x > 0).sum(0)
-    return [(count / len(data.test)).numpy() for count in counts]
 
 
 def by_network(records: Sequence[Record]) -> dict[tuple[str, str], list[Record]]:
