@@ -37,7 +37,7 @@ class MLP(nn.Module):
         if activation not in ACTIVATIONS:
             raise UsageError(f"unknown activation {activation!r}; known: {', '.join(ACTIVATIONS)}")
         self.hidden = tuple(hidden)
-        self.layers = nn.ModuleList(_linear(a, b, generator) for a, b in itertools.pairwise(widths))
+        self.layers = nn.ModuleList(linear(a, b, generator) for a, b in itertools.pairwise(widths))
         self.activation = ACTIVATIONS[activation]()
 
     @property
@@ -52,7 +52,7 @@ class MLP(nn.Module):
         return self.layers[-1](x)
 
 
-def _linear(inputs: int, outputs: int, generator: torch.Generator | None) -> nn.Linear:
+def linear(inputs: int, outputs: int, generator: torch.Generator | None) -> nn.Linear:
     """A linear layer with torch's usual initialisation, U(-1/sqrt(inputs), 1/sqrt(inputs)), from `generator`."""
     layer = nn.utils.skip_init(nn.Linear, inputs, outputs)
     with torch.no_grad():

@@ -1,142 +1,32 @@
-"""Training: one loop for targets, controls and policies. A trained target lies in the artefact cache, trained once."""
+"""Training of targets, of policies on a frozen target, and of equal-compute controls.
 
-import copy
-import math
-from collections.abc import Callable, Mapping
+A trained target or control lies in the artefact cache under its spec and is trained once.
+"""
+
+import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
-from tqdm.auto import tqdm
+from torch.nn.functional import cross_entropy, kl_div, log_softmax, softmax
 
 from condcomp_lib import pretraining as dropout
 from condcomp_lib.datasets import Dataset, Split
-from condcomp_lib.errors import CondcompError, UsageError, unknown
+from condcomp_lib.errors import UsageError, unknown
+from condcomp_lib.estimators import Reinforce, log_probability
+from condcomp_lib.fitting import Fitted, fit, plan
+from condcomp_lib.lazy import LazyNetwork, evaluate
 from condcomp_lib.runs import Outcome, Record, RunSpec, RunStore
-from condcomp_lib.targets import ACTIVATIONS, MLP, hidden_widths
+from condcomp_lib.sparsity import check_tau, sparsity_loss
+from condcomp_lib.targets import ACTIVATIONS, MLP, hidden_widths, multiply_adds
 
 RECIPE = 1
-
-# Factor of the learning rate at each step, for the number of steps in all epochs.
-SCHEDULES: dict[str, Callable[[int], Callable[[int], float]]] = {
-    "constant": lambda _: lambda _: 1.0,
-    "cosine": lambda steps: lambda step: 0.5 * (1 + math.cos(math.pi * step / steps)),
-}
-# Fused: one pass over the weights instead of a dozen, which halves the time of a step of 128 examples.
-OPTIMISERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "adam": lambda weights, lr: torch.optim.Adam(weights, lr=lr, fused=True),
-    "rmsprop": lambda weights, lr: torch.optim.RMSprop(weights, lr=lr),
-    "sgd": lambda weights, lr: torch.optim.SGD(weights, lr=lr, fused=True),
-    "momentum": lambda weights, lr: torch.optim.SGD(weights, lr=lr, momentum=0.9, nesterov=True, fused=True),
-}
-State = dict[str, Tensor]
-
-
-class TrainingError(CondcompError):
-    """Training cannot go on: the loss is no longer a number. `state` holds the weights of the last good epoch."""
-
-    def __init__(self, message: str, state: State | None = None) -> None:
-        super().__init__(message)
-        self.state = state or {}
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (type(self), (str(self), self.state))
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """What `fit` returns: the kept weights, the score after each epoch, and the epoch (from 1) they come from."""
-
-    state: State
-    curve: list[float]
-    epoch: int
-
-
-def plan(
-    *,
-    epochs: int = 20,
-    patience: int | None = None,
-    batch: int = 128,
-    optimiser: str = "adam",
-    learning_rate: float = 1e-3,
-    schedule: str = "cosine",
-) -> dict[str, Any]:
-    """The settings of a training loop, checked.
-
-    Arguments: `epochs` at most, fewer when the score has not risen for `patience` epochs (None: never stop early);
-    `batch` examples a step; `optimiser` one of OPTIMISERS ("momentum" is SGD with Nesterov momentum 0.9); `schedule` of
-    the learning rate, "constant" or "cosine" (falling to zero over all epochs).
-
-    >>> plan(epochs=3)["max_epochs"]
-    3
-    """
-    if epochs < 1 or batch < 1:
-        raise UsageError(f"epochs and batch must be at least 1, not {epochs} and {batch}")
-    if schedule not in SCHEDULES:
-        raise unknown("schedule", schedule, SCHEDULES)
-    if optimiser not in OPTIMISERS:
-        raise unknown("optimiser", optimiser, OPTIMISERS)
-    if not learning_rate > 0:
-        raise UsageError(f"the learning rate must be above 0, not {learning_rate}")
-    return {
-        "optimiser": optimiser,
-        "learning_rate": learning_rate,
-        "schedule": schedule,
-        "batch": batch,
-        "max_epochs": epochs,
-        "patience": patience,
-    }
-
-
-def fit(
-    model: nn.Module,
-    loss: Callable[[Tensor], Tensor],
-    score: Callable[[], float],
-    examples: int,
-    settings: Mapping[str, Any],
-    generator: torch.Generator,
-    *,
-    keep: str = "best",
-    progress: str | None = None,
-) -> Fitted:
-    """Train the parameters of `model` that require gradients, and leave the kept weights in it.
-
-    Arguments: `loss(rows)` of the examples with these numbers (int64); `score()` after each epoch, higher is better;
-    `settings` as from `plan`; `generator` shuffles; `keep` the "best" epoch's weights or the "last" one's; `progress`
-    the title of a progress bar (None: no bar).
-
-    Raises TrainingError, with the step named and the last good epoch's weights in it, when the loss is no number.
-    """
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
-    optimiser = OPTIMISERS[settings["optimiser"]](weights, settings["learning_rate"])
-    steps = settings["max_epochs"] * math.ceil(examples / settings["batch"])
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, SCHEDULES[settings["schedule"]](steps))
-    good = copy.deepcopy(model.state_dict())
-    best, best_epoch, curve = good, 0, []
-    for epoch in tqdm(range(1, settings["max_epochs"] + 1), desc=progress, unit="epoch", disable=progress is None):
-        for step, rows in enumerate(torch.randperm(examples, generator=generator).split(settings["batch"])):
-            value = loss(rows)
-            if not math.isfinite(value.item()):
-                model.load_state_dict(good)
-                what = f"the loss became {value.item()} at epoch {epoch}, step {step}"
-                remedy = f"lower the learning rate ({settings['learning_rate']}) or check the inputs"
-                raise TrainingError(f"{what}; the weights after epoch {epoch - 1} are kept; {remedy}", good)
-            optimiser.zero_grad(set_to_none=True)
-            value.backward()
-            optimiser.step()
-            schedule.step()
-        good = copy.deepcopy(model.state_dict())
-        curve.append(score())
-        if not best_epoch or curve[-1] > curve[best_epoch - 1]:
-            best, best_epoch = good, epoch
-        elif settings["patience"] is not None and epoch - best_epoch >= settings["patience"]:
-            break
-    state, chosen = (best, best_epoch) if keep == "best" else (good, len(curve))
-    model.load_state_dict(state)
-    return Fitted(state, curve, chosen)
+CONTROL_RECIPE = 1
+CACHE_BYTES = 2**30  # most that the frozen first layer's pre-activations may take
+TEMPERATURE = 2.0  # of both networks' scores in distillation
 
 
 def target_spec(
@@ -178,12 +68,21 @@ def obtain_target(spec: RunSpec, data: Dataset, artefacts: RunStore, progress: s
     The cache keeps what was trained on each copy of the data apart (by `data.checksum`), so that weights from an
     unofficial copy are never taken for those from the official files.
     """
-    artefacts = RunStore(artefacts.folder / data.checksum, artefacts.made_by)
-    artefacts.clean()
-    record = artefacts.obtain(spec, lambda wanted: train_target(wanted, data, progress))
-    model = build(spec, data)
+    record = _shelf(artefacts, data).obtain(spec, lambda wanted: train_target(wanted, data, progress))
+    return _restored(build(spec, data), record), record
+
+
+def _shelf(artefacts: RunStore, data: Dataset) -> RunStore:
+    """The part of the artefact cache for this copy of the data."""
+    shelf = RunStore(artefacts.folder / data.checksum, artefacts.made_by)
+    shelf.clean()
+    return shelf
+
+
+def _restored(model: MLP, record: Record) -> MLP:
+    """`model` with the weights of `record`, in evaluation mode."""
     model.load_state_dict({name: torch.from_numpy(array) for name, array in record.arrays().items()})
-    return model.eval(), record
+    return model.eval()
 
 
 def build(spec: RunSpec, data: Dataset) -> MLP:
@@ -208,6 +107,11 @@ def train_target(spec: RunSpec, data: Dataset, progress: str | None = None) -> O
 
     shuffling = torch.Generator().manual_seed(settings["target_seed"])
     fitted = fit(model, loss, lambda: accuracy(model, data.valid), len(x), settings, shuffling, progress=progress)
+    return _outcome(model, fitted, data)
+
+
+def _outcome(model: MLP, fitted: Fitted, data: Dataset) -> Outcome:
+    """What is stored of a trained network: its accuracies, its learning curve and its weights."""
     result = {
         "epochs": len(fitted.curve),
         "best_epoch": fitted.epoch,
@@ -229,3 +133,155 @@ def accuracy(model: nn.Module, split: Split) -> float:
     """Share of the examples of `split` that `model` classifies correctly."""
     hits = predict(model, torch.from_numpy(split.x)) == torch.from_numpy(split.y)
     return hits.double().mean().item()
+
+
+@dataclass(frozen=True)
+class PolicyCurve:
+    """Validation accuracy and activity after each epoch of policy training, masks sampled."""
+
+    accuracy: list[float]
+    activity: list[float]
+
+
+def policy_plan(
+    *,
+    baseline: str = "mean",
+    tau: float = 0.25,
+    lambda_s: float = 1.0,
+    lambda_v: float = 0.0,
+    **training: Any,
+) -> dict[str, Any]:
+    """The settings of policy training, checked: REINFORCE's `baseline`, the sparsity target `tau` with the weights of
+    L_b + L_e and L_v, and `training` as for `plan`.
+
+    >>> policy_plan(epochs=5)["tau"]
+    0.25
+    """
+    check_tau(tau)
+    Reinforce(baseline)
+    estimator = {"estimator": "reinforce", "baseline": baseline}
+    return {**estimator, "tau": tau, "lambda_s": lambda_s, "lambda_v": lambda_v, **plan(**training)}
+
+
+def train_policy(
+    lazy: LazyNetwork,
+    data: Dataset,
+    settings: Mapping[str, Any],
+    generator: torch.Generator,
+    *,
+    cache_bytes: int = CACHE_BYTES,
+    progress: str | None = None,
+) -> PolicyCurve:
+    """Train the policy of `lazy` in place by REINFORCE on the loss of the lazy network; the target stays as it is.
+
+    The cost of an example is its negative log likelihood under the sampled mask; lambda_s (L_b + L_e) + lambda_v L_v is
+    added and follows its own gradient. The policy of the last epoch is kept: an epoch chosen by accuracy alone would be
+    one of high activity. The first layer's pre-activations are computed once where they fit into `cache_bytes`.
+
+    Arguments: `settings` as from `policy_plan`; `generator` shuffles (masks are drawn by the lazy network's decision).
+    """
+    lazy.target.requires_grad_(False)
+    estimator = Reinforce(settings["baseline"])
+    if len(data.train) % settings["batch"] == 1 and settings["baseline"] in ("mean", "leave-one-out"):
+        raise UsageError(f"{len(data.train)} examples in batches of {settings['batch']} leave a last batch of one, for "
+                         f"which baseline {settings['baseline']!r} says nothing; choose another batch")  # fmt: skip
+    x, y = torch.from_numpy(data.train.x), torch.from_numpy(data.train.y)
+    first = first_layer(lazy.target, x, cache_bytes)
+    curve = PolicyCurve([], [])
+
+    def loss(rows: Tensor) -> Tensor:
+        found = lazy.evaluate(x[rows], None if first is None else first[rows])
+        costs = cross_entropy(found.scores, y[rows], reduction="none")
+        sparsity = sparsity_loss(found.logits.sigmoid(), settings["tau"], settings["lambda_s"], settings["lambda_v"])
+        return estimator.loss(costs, log_probability(found.logits, found.mask)) + sparsity
+
+    def score() -> float:
+        found = evaluate(lazy, torch.from_numpy(data.valid.x))
+        curve.accuracy.append(_hits(found.scores, data.valid))
+        curve.activity.append(lazy.partition.activity(found.mask).mean().item())
+        return curve.accuracy[-1]
+
+    fit(lazy.policy, loss, score, len(x), settings, generator, keep="last", progress=progress)
+    return curve
+
+
+@torch.inference_mode()
+def first_layer(target: MLP, x: Tensor, most_bytes: int) -> Tensor | None:
+    """The first layer's pre-activations of `x` (float32, examples x neurons); None where they take more bytes.
+
+    Training a policy on a frozen target needs them in every epoch, and they are two thirds of the target's work.
+    """
+    layer = target.linears[0]
+    if len(x) * layer.out_features * x.element_size() > most_bytes:
+        return None
+    found = torch.empty(len(x), layer.out_features)
+    for part, out in zip(x.split(2048), found.split(2048), strict=True):
+        out.copy_(layer(part))
+    return found
+
+
+def control_width(target: MLP, wanted: float) -> int:
+    """The width at which a dense net of as many hidden layers as `target` takes nearest to `wanted` multiply-adds.
+
+    >>> control_width(MLP(3072, (800, 800, 800), 10), 742_000)
+    213
+    """
+    inputs, classes = target.linears[0].in_features, target.linears[-1].out_features
+
+    def error(width: int) -> float:
+        return abs(sum(multiply_adds([inputs, *[width] * len(target.hidden), classes])) - wanted)
+
+    return min(range(1, max(target.hidden) + 1), key=error)
+
+
+def obtain_control(
+    target: MLP,
+    target_spec: RunSpec,
+    wanted: float,
+    data: Dataset,
+    artefacts: RunStore,
+    *,
+    seed: int = 0,
+    **training: Any,
+) -> tuple[MLP, Record]:
+    """The equal-compute control: the dense net of `wanted` multiply-adds distilled from `target`, and its record.
+
+    It learns from labels and from the target's scores in equal parts (softened by TEMPERATURE), and keeps the epoch
+    with the best validation accuracy. From the artefact cache, or trained now.
+
+    Arguments: `target_spec` the run that trained `target`; `wanted` the lazy network's measured multiply-adds, policy
+    included (`LazyNetwork.cost(mask).total_multiply_adds`); `seed` of weights and shuffling; `training` as for `plan`.
+    """
+    settings = {
+        "dataset": data.name,
+        "target": target_spec.name,
+        "architecture": f"{len(target.hidden)}x{control_width(target, wanted)}",
+        "activation": target_spec.settings["activation"],
+        "target_seed": seed,
+        **plan(**training),
+    }
+    spec = RunSpec("controls", CONTROL_RECIPE, settings)
+    compute = functools.partial(_distil, target=target, data=data)
+    record = _shelf(artefacts, data).obtain(spec, compute)
+    return _restored(build(spec, data), record), record
+
+
+def _distil(spec: RunSpec, target: MLP, data: Dataset) -> Outcome:
+    """Train the control of `spec` on the labels and on the scores of `target`."""
+    model = build(spec, data)
+    x, y = torch.from_numpy(data.train.x), torch.from_numpy(data.train.y)
+    with torch.inference_mode():
+        wanted = torch.cat([softmax(target(part) / TEMPERATURE, 1) for part in x.split(2048)]).clone()
+
+    def loss(rows: Tensor) -> Tensor:
+        scores = model(x[rows])
+        soft = kl_div(log_softmax(scores / TEMPERATURE, 1), wanted[rows], reduction="batchmean")
+        return 0.5 * cross_entropy(scores, y[rows]) + 0.5 * TEMPERATURE**2 * soft
+
+    shuffling = torch.Generator().manual_seed(spec.settings["target_seed"])
+    fitted = fit(model, loss, lambda: accuracy(model, data.valid), len(x), spec.settings, shuffling)
+    return _outcome(model, fitted, data)
+
+
+def _hits(scores: Tensor, split: Split) -> float:
+    return (scores.argmax(1) == torch.from_numpy(split.y)).double().mean().item()

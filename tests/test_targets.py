@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from condcomp_lib import datasets
 from condcomp_lib.datasets import Split
 from condcomp_lib.errors import UsageError
+from condcomp_lib.fitting import SCHEDULES, TrainingError
 from condcomp_lib.runs import RunStore
 from condcomp_lib.targets import MLP, hidden_widths, multiply_adds
-from condcomp_lib.training import SCHEDULES, TrainingError, accuracy, obtain_target, predict, target_spec
+from condcomp_lib.training import accuracy, obtain_target, predict, target_spec
 
 
 @pytest.fixture(scope="module")

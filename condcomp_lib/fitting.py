@@ -1,0 +1,131 @@
+"""One training loop for targets, controls and policies: optimiser, schedule, early stopping, and what a NaN does."""
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from condcomp_lib.errors import CondcompError, UsageError, unknown
+
+# Factor of the learning rate at each step, for the number of steps in all epochs.
+SCHEDULES: dict[str, Callable[[int], Callable[[int], float]]] = {
+    "constant": lambda _: lambda _: 1.0,
+    "cosine": lambda steps: lambda step: 0.5 * (1 + math.cos(math.pi * step / steps)),
+}
+# Fused: one pass over the weights instead of a dozen, which halves the time of a step of 128 examples.
+OPTIMISERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adam": lambda weights, lr: torch.optim.Adam(weights, lr=lr, fused=True),
+    "rmsprop": lambda weights, lr: torch.optim.RMSprop(weights, lr=lr),
+    "sgd": lambda weights, lr: torch.optim.SGD(weights, lr=lr, fused=True),
+    "momentum": lambda weights, lr: torch.optim.SGD(weights, lr=lr, momentum=0.9, nesterov=True, fused=True),
+}
+State = dict[str, Tensor]
+
+
+class TrainingError(CondcompError):
+    """Training cannot go on: the loss is no longer a number. `state` holds the weights of the last good epoch."""
+
+    def __init__(self, message: str, state: State | None = None) -> None:
+        super().__init__(message)
+        self.state = state or {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (type(self), (str(self), self.state))
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What `fit` returns: the kept weights, the score after each epoch, and the epoch (from 1) they come from."""
+
+    state: State
+    curve: list[float]
+    epoch: int
+
+
+def plan(
+    *,
+    epochs: int = 20,
+    patience: int | None = None,
+    batch: int = 128,
+    optimiser: str = "adam",
+    learning_rate: float = 1e-3,
+    schedule: str = "cosine",
+) -> dict[str, Any]:
+    """The settings of a training loop, checked.
+
+    Arguments: `epochs` at most, fewer when the score has not risen for `patience` epochs (None: never stop early);
+    `batch` examples a step; `optimiser` one of OPTIMISERS ("momentum" is SGD with Nesterov momentum 0.9); `schedule` of
+    the learning rate, "constant" or "cosine" (falling to zero over all epochs).
+
+    >>> plan(epochs=3)["max_epochs"]
+    3
+    """
+    if epochs < 1 or batch < 1:
+        raise UsageError(f"epochs and batch must be at least 1, not {epochs} and {batch}")
+    if schedule not in SCHEDULES:
+        raise unknown("schedule", schedule, SCHEDULES)
+    if optimiser not in OPTIMISERS:
+        raise unknown("optimiser", optimiser, OPTIMISERS)
+    if not learning_rate > 0:
+        raise UsageError(f"the learning rate must be above 0, not {learning_rate}")
+    return {
+        "optimiser": optimiser,
+        "learning_rate": learning_rate,
+        "schedule": schedule,
+        "batch": batch,
+        "max_epochs": epochs,
+        "patience": patience,
+    }
+
+
+def fit(
+    model: nn.Module,
+    loss: Callable[[Tensor], Tensor],
+    score: Callable[[], float],
+    examples: int,
+    settings: Mapping[str, Any],
+    generator: torch.Generator,
+    *,
+    keep: str = "best",
+    progress: str | None = None,
+) -> Fitted:
+    """Train the parameters of `model` that require gradients, and leave the kept weights in it.
+
+    Arguments: `loss(rows)` of the examples with these numbers (int64); `score()` after each epoch, higher is better;
+    `settings` as from `plan`; `generator` shuffles; `keep` the "best" epoch's weights or the "last" one's; `progress`
+    the title of a progress bar (None: no bar).
+
+    Raises TrainingError, with the step named and the last good epoch's weights in it, when the loss is no number.
+    """
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    optimiser = OPTIMISERS[settings["optimiser"]](weights, settings["learning_rate"])
+    steps = settings["max_epochs"] * math.ceil(examples / settings["batch"])
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, SCHEDULES[settings["schedule"]](steps))
+    good = copy.deepcopy(model.state_dict())
+    best, best_epoch, curve = good, 0, []
+    for epoch in tqdm(range(1, settings["max_epochs"] + 1), desc=progress, unit="epoch", disable=progress is None):
+        for step, rows in enumerate(torch.randperm(examples, generator=generator).split(settings["batch"])):
+            value = loss(rows)
+            if not math.isfinite(value.item()):
+                model.load_state_dict(good)
+                what = f"the loss became {value.item()} at epoch {epoch}, step {step}"
+                remedy = f"lower the learning rate ({settings['learning_rate']}) or check the inputs"
+                raise TrainingError(f"{what}; the weights after epoch {epoch - 1} are kept; {remedy}", good)
+            optimiser.zero_grad(set_to_none=True)
+            value.backward()
+            optimiser.step()
+            schedule.step()
+        good = copy.deepcopy(model.state_dict())
+        curve.append(score())
+        if not best_epoch or curve[-1] > curve[best_epoch - 1]:
+            best, best_epoch = good, epoch
+        elif settings["patience"] is not None and epoch - best_epoch >= settings["patience"]:
+            break
+    state, chosen = (best, best_epoch) if keep == "best" else (good, len(curve))
+    model.load_state_dict(state)
+    return Fitted(state, curve, chosen)

@@ -1,0 +1,128 @@
+"""Partitions: which hidden neurons are evaluated together (*partitions*, section 2)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from condcomp_lib.errors import UsageError, unknown
+
+SCOPES = ("network", "layer")
+KINDS = ("random", "balanced", "contiguous")
+
+
+@dataclass(frozen=True, eq=False)
+class Partition:
+    """An assignment of every hidden neuron to one group, P = {H_1 .. H_k}.
+
+    Arguments: `membership` one int64 tensor (neurons) for each hidden layer, entries from 0 to `groups` - 1; `scope`
+    "network" (group j spans all layers, a mask has `groups` bits) or "layer" (group j of each layer is a group of its
+    own, a mask has `groups` bits for each layer, first layer first). A group may be empty.
+
+    Raises UsageError when no layer or an empty one is given, or an entry names no group.
+
+    >>> Partition((torch.tensor([0, 1, 1]), torch.tensor([0, 0])), groups=2).sizes
+    tensor([3, 2])
+    """
+
+    membership: tuple[Tensor, ...]
+    groups: int
+    scope: str = "network"
+
+    def __post_init__(self) -> None:
+        if self.scope not in SCOPES:
+            raise unknown("scope", self.scope, SCOPES)
+        check_groups([len(groups) for groups in self.membership], self.groups, self.scope)
+        for number, groups in enumerate(self.membership, 1):
+            if groups.dtype != torch.int64 or groups.ndim != 1:
+                raise UsageError(f"membership of layer {number} must be one int64 number a neuron, not {groups.dtype}")
+            if int(groups.min()) < 0 or int(groups.max()) >= self.groups:
+                raise UsageError(f"layer {number} has a neuron in group {_outside(groups, self.groups)}; "
+                                 f"groups go from 0 to {self.groups - 1}")  # fmt: skip
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Neurons of each hidden layer."""
+        return tuple(len(groups) for groups in self.membership)
+
+    @property
+    def bits(self) -> int:
+        """Bits of a mask: groups, in scope "layer" of all layers together."""
+        return self.groups * (len(self.membership) if self.scope == "layer" else 1)
+
+    @cached_property
+    def columns(self) -> tuple[Tensor, ...]:
+        """For each layer, the mask's bit that each neuron obeys (int64, neurons)."""
+        step = self.groups if self.scope == "layer" else 0
+        return tuple(groups + layer * step for layer, groups in enumerate(self.membership))
+
+    @cached_property
+    def sizes_by_layer(self) -> Tensor:
+        """Neurons that each bit switches in each layer (int64, layers x bits)."""
+        return torch.stack([torch.bincount(columns, minlength=self.bits) for columns in self.columns])
+
+    @property
+    def sizes(self) -> Tensor:
+        """Neurons that each bit switches (int64, bits)."""
+        return self.sizes_by_layer.sum(0)
+
+    @property
+    def largest_share(self) -> float:
+        """Share of all hidden neurons that the largest group holds; 1 / bits where the partition is balanced."""
+        return self.sizes.max().item() / sum(self.widths)
+
+    def neurons(self, mask: Tensor) -> Tensor:
+        """Neurons evaluated in each layer (float64, examples x layers) under `mask` (bool, examples x bits)."""
+        return mask.double() @ self.sizes_by_layer.T.double()
+
+    def activity(self, mask: Tensor) -> Tensor:
+        """Share of the hidden neurons evaluated for each example (float64) under `mask` (bool, examples x bits)."""
+        return self.neurons(mask).sum(1) / sum(self.widths)
+
+
+def _outside(groups: Tensor, count: int) -> int:
+    return int(groups[(groups < 0) | (groups >= count)][0])
+
+
+def check_groups(widths: Sequence[int], groups: int, scope: str) -> None:
+    """Raise UsageError unless neurons of these layers can be put into that many groups."""
+    if not widths or min(widths) < 1:
+        raise UsageError(f"a partition needs hidden layers of at least one neuron each, not widths {list(widths)}")
+    most = sum(widths) if scope == "network" else min(widths)
+    where = "the network" if scope == "network" else "the smallest layer"
+    if not 1 <= groups <= most:
+        raise UsageError(f"groups must be from 1 to the {most} neurons of {where}, not {groups}")
+
+
+def make_partition(
+    kind: str, widths: Sequence[int], groups: int, generator: torch.Generator, scope: str = "network"
+) -> Partition:
+    """A partition that does not look at the network.
+
+    `kind`: "random" puts each neuron into a group drawn uniformly, so sizes vary (16 groups of 2,400 neurons: 150 with
+    a standard deviation of 12; *partitions*, section 5.2, reports about 10); "balanced" deals shuffled neurons out evenly
+    (sizes differ by at most one); "contiguous" cuts every layer into runs of even size, one run for each group.
+
+    >>> make_partition("contiguous", [4, 2], 2, torch.Generator()).membership
+    (tensor([0, 0, 1, 1]), tensor([0, 1]))
+    """
+    if kind not in KINDS:
+        raise unknown("partition", kind, KINDS)
+    if scope not in SCOPES:
+        raise unknown("scope", scope, SCOPES)
+    check_groups(widths, groups, scope)
+    if kind == "random":
+        draws = [torch.randint(groups, (width,), generator=generator) for width in widths]
+        return Partition(tuple(draws), groups, scope)
+    if kind == "contiguous":
+        return Partition(tuple(torch.arange(width) * groups // width for width in widths), groups, scope)
+    if scope == "layer":
+        return Partition(tuple(_dealt(width, groups, generator) for width in widths), groups, scope)
+    return Partition(_dealt(sum(widths), groups, generator).split(list(widths)), groups, scope)
+
+
+def _dealt(neurons: int, groups: int, generator: torch.Generator) -> Tensor:
+    """Groups of shuffled neurons dealt out in turn (int64, neurons)."""
+    return (torch.arange(neurons) % groups)[torch.randperm(neurons, generator=generator)]

@@ -1,0 +1,167 @@
+"""Computation policies and the ways to decide a mask from them (*partitions*, section 3)."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import avg_pool2d
+
+from condcomp_lib.errors import UsageError
+from condcomp_lib.partitions import Partition
+from condcomp_lib.targets import linear
+
+
+class Pool:
+    """Average pooling of flattened images, so that a policy reads a smaller picture.
+
+    Arguments: `shape` (channels, height, width) of an image; `size` pixels a side that are averaged into one.
+
+    >>> Pool((3, 32, 32), 4).outputs
+    192
+    """
+
+    def __init__(self, shape: tuple[int, int, int], size: int) -> None:
+        channels, height, width = shape
+        if size < 1 or height % size or width % size:
+            raise UsageError(f"a pool of {size} x {size} does not tile images of {height} x {width}")
+        self.shape, self.size = shape, size
+        self.inputs, self.outputs = channels * height * width, channels * (height // size) * (width // size)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Pooled images (float32, examples x outputs) of `x` (float32, examples x inputs)."""
+        return avg_pool2d(x.view(-1, *self.shape), self.size).flatten(1)
+
+
+class Policy(nn.Module):
+    """Sigmoid-Bernoulli policies: the bits of a mask are independent with probability sigma = sigmoid(Z s + d).
+
+    A *gate* is one linear map Z s + d. In scope "network" there is one, which reads the input X (or pooled X) and sets
+    one bit for each group (*partitions*, section 3). In scope "layer" there is one for each hidden layer, which reads
+    the layer below after its own mask, the first one X or pooled X (*faster-models*).
+
+    Arguments: `partition` whose groups are switched; `inputs` features of X; `pool` how X is made smaller (None: not);
+    `generator` draws the weights.
+    """
+
+    def __init__(
+        self, partition: Partition, inputs: int, pool: Pool | None = None, generator: torch.Generator | None = None
+    ) -> None:
+        super().__init__()
+        if pool is not None and pool.inputs != inputs:
+            raise UsageError(f"the pool takes {pool.inputs} features, the input has {inputs}")
+        first = pool.outputs if pool else inputs
+        sources = [first, *partition.widths[:-1]] if partition.scope == "layer" else [first]
+        self.scope, self.pool = partition.scope, pool
+        self._gates = nn.ModuleList(linear(source, partition.groups, generator) for source in sources)
+
+    @property
+    def gates(self) -> list[nn.Linear]:
+        """The linear maps, first layer first."""
+        return list(self._gates)  # type: ignore[arg-type]
+
+    @property
+    def bits(self) -> int:
+        """Bits of a mask over all gates."""
+        return sum(gate.out_features for gate in self.gates)
+
+    def logits(self, gate: int, s: Tensor) -> Tensor:
+        """Z s + d of one gate (float32, examples x groups); `s` is X for the first gate, else the masked layer below.
+
+        Logits rather than probabilities, because sigma rounds to exactly 0 or 1 where a policy is sure.
+        """
+        return self.gates[gate](self.pool(s) if self.pool and gate == 0 else s)
+
+
+class Decision(Protocol):
+    """How a mask is decided from one gate's logits."""
+
+    def __call__(self, logits: Tensor, gate: int) -> Tensor:
+        """The bits (bool, examples x groups) for `logits` (float32, examples x groups) of that gate."""
+        ...
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Every bit is drawn with its probability, in training and at inference, as in the papers."""
+
+    generator: torch.Generator
+
+    def __call__(self, logits: Tensor, gate: int) -> Tensor:  # noqa: ARG002 (all gates alike)
+        """See `Decision`."""
+        return torch.rand(logits.shape, generator=self.generator) < logits.sigmoid()
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """A bit is set where its logit lies above the gate's level (one level for each gate)."""
+
+    levels: tuple[float, ...]
+
+    @classmethod
+    def at(cls, probability: float, policy: Policy) -> "Threshold":
+        """The threshold at one probability for all gates; 0.5 decides each bit by what is likelier."""
+        if not 0 < probability < 1:
+            raise UsageError(f"a threshold must lie between 0 and 1, not at {probability}")
+        return cls((math.log(probability / (1 - probability)),) * len(policy.gates))
+
+    def __call__(self, logits: Tensor, gate: int) -> Tensor:
+        """See `Decision`."""
+        return logits > self.levels[gate]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The `counts[gate]` groups with the highest logits are evaluated, as many for every example."""
+
+    counts: tuple[int, ...]
+
+    @classmethod
+    def of(cls, activity: float | Sequence[float], partition: Partition, policy: Policy) -> "Budget":
+        """As many groups as come nearest to the asked activity (one share, or one for each gate), at least one."""
+        asked = asked_by_gate(activity, len(policy.gates))
+        return cls(tuple(max(1, round(share * partition.groups)) for share in asked))
+
+    def __call__(self, logits: Tensor, gate: int) -> Tensor:
+        """See `Decision`."""
+        count = self.counts[gate]
+        if not 1 <= count <= logits.shape[1]:
+            raise UsageError(f"a budget must be from 1 to {logits.shape[1]} groups, not {count}")
+        chosen = logits.topk(count, dim=1).indices
+        return torch.zeros_like(logits, dtype=torch.bool).scatter_(1, chosen, True)
+
+
+def asked_by_gate(activity: float | Sequence[float], gates: int) -> tuple[float, ...]:
+    """The asked activity for each gate, from one share for all or one for each; every share in (0, 1]."""
+    asked = tuple(activity) if isinstance(activity, Sequence) else (activity,) * gates
+    if len(asked) != gates:
+        raise UsageError(f"{gates} gates need as many activities, not {len(asked)}")
+    for share in asked:
+        if not 0 < share <= 1:
+            raise UsageError(f"activity must be in (0, 1], not {share}")
+    return asked
+
+
+def level_for(logits: Tensor, sizes: Tensor, activity: float) -> float:
+    """The level above which groups must be set so that mean activity comes nearest to what is asked.
+
+    Arguments: `logits` (float32, examples x groups) of calibration data; `sizes` (int64, groups) the neurons that each
+    group switches; `activity` the share of these neurons to evaluate, in (0, 1].
+
+    Equal logits stand or fall together: a policy that does not look at its input cannot be calibrated finely.
+    """
+    if activity == 1:
+        return -math.inf
+    values, order = logits.flatten().sort(descending=True)
+    weights = sizes.double().expand(logits.shape).flatten()[order] / (sizes.sum() * len(logits))
+    # A cut is possible only between different values; `reached[i]` is the activity of a cut after the i-th.
+    last = torch.cat([values[1:] != values[:-1], torch.ones(1, dtype=torch.bool)])
+    reached = torch.cat([torch.zeros(1, dtype=torch.float64), weights.cumsum(0)[last]])
+    ends = torch.cat([values.new_tensor([math.inf]), values[last], values.new_tensor([-math.inf])])
+    best = int((reached - activity).abs().argmin())
+    above, below = ends[best].item(), ends[best + 1].item()
+    # Half-way between the two values, or the lower one where rounding would meet the upper one or one end is infinite.
+    level = (above + below) / 2
+    return level if math.isfinite(level) and below <= level < above else below
