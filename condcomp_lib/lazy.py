@@ -1,6 +1,5 @@
 """Lazy networks: a target evaluated only where a policy's mask says, with exact accounting of what that costs."""
 
-import copy
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -76,11 +75,17 @@ class LazyNetwork(nn.Module):
         if (policy.scope, policy.bits) != (partition.scope, partition.bits):
             raise UsageError(f"the policy sets {policy.bits} bits (scope {policy.scope}), the partition has "
                              f"{partition.bits} (scope {partition.scope})")  # fmt: skip
+        read, below = policy.reads(), [target.linears[0].in_features, *target.hidden[:-1]][: len(policy.gates)]
+        if read != below or {gate.out_features for gate in policy.gates} != {partition.groups}:
+            raise UsageError(f"the policy's gates read {read} features for "
+                             f"{[gate.out_features for gate in policy.gates]} groups; here they must read {below} for "
+                             f"{partition.groups} groups each")  # fmt: skip
         if rescale not in RESCALES:
             raise unknown("rescale", rescale, RESCALES)
-        for name, weight in target.named_parameters():
-            if not weight.isfinite().all():
-                raise UsageError(f"the target's {name} holds a number that is not finite; train it again")
+        for owner, part in (("target", target), ("policy", policy)):
+            for name, weight in part.named_parameters():
+                if not weight.isfinite().all():
+                    raise UsageError(f"the {owner}'s {name} holds a number that is not finite; train it again")
         self.target, self.partition, self.policy = target, partition, policy
         self.decision, self.rescale = decision, rescale
 
@@ -165,9 +170,7 @@ def evaluate(lazy: LazyNetwork, x: Tensor, batch: int = 2048) -> Evaluation:
 
 def decided_by(lazy: LazyNetwork, decision: Decision) -> LazyNetwork:
     """The same target, partition and policy (shared, not copied) with another way to decide."""
-    other = copy.copy(lazy)
-    other.decision = decision
-    return other
+    return LazyNetwork(lazy.target, lazy.partition, lazy.policy, decision, lazy.rescale)
 
 
 def calibrated(lazy: LazyNetwork, x: Tensor, activity: float | Sequence[float]) -> LazyNetwork:
@@ -175,7 +178,8 @@ def calibrated(lazy: LazyNetwork, x: Tensor, activity: float | Sequence[float]) 
 
     Arguments: `x` (float32, examples x features) calibration data, best the validation split; `activity` in (0, 1], one
     share for all gates or one for each. In scope "layer" every layer gets the asked activity, found from the first to
-    the last, because a gate reads what the gates below let through.
+    the last, because a gate reads what the gates below let through. Equal logits stand or fall together (examples for
+    which nothing was evaluated below share theirs), so a gate that hardly looks at its input is calibrated coarsely.
     """
     gates = len(lazy.policy.gates)
     asked = asked_by_gate(activity, gates)

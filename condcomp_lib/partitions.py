@@ -37,7 +37,10 @@ class Partition:
         check_groups([len(groups) for groups in self.membership], self.groups, self.scope)
         for number, groups in enumerate(self.membership, 1):
             if groups.dtype != torch.int64 or groups.ndim != 1:
-                raise UsageError(f"membership of layer {number} must be one int64 number a neuron, not {groups.dtype}")
+                raise UsageError(
+                    f"membership of layer {number} must be one int64 number a neuron, "
+                    f"not {groups.dtype} of shape {list(groups.shape)}"
+                )
             if int(groups.min()) < 0 or int(groups.max()) >= self.groups:
                 raise UsageError(f"layer {number} has a neuron in group {_outside(groups, self.groups)}; "
                                  f"groups go from 0 to {self.groups - 1}")  # fmt: skip
@@ -70,7 +73,7 @@ class Partition:
 
     @property
     def largest_share(self) -> float:
-        """Share of all hidden neurons that the largest group holds; 1 / bits where the partition is balanced."""
+        """Share of all hidden neurons that the largest group holds; at least 1 / bits."""
         return self.sizes.max().item() / sum(self.widths)
 
     def neurons(self, mask: Tensor) -> Tensor:
@@ -102,8 +105,8 @@ def make_partition(
     """A partition that does not look at the network.
 
     `kind`: "random" puts each neuron into a group drawn uniformly, so sizes vary (16 groups of 2,400 neurons: 150 with
-    a standard deviation of 12; *partitions*, section 5.2, reports about 10); "balanced" deals shuffled neurons out evenly
-    (sizes differ by at most one); "contiguous" cuts every layer into runs of even size, one run for each group.
+    a standard deviation of 12; *partitions*, section 5.2, reports about 10); "balanced" deals shuffled neurons out
+    evenly (sizes differ by at most one); "contiguous" cuts every layer into runs of even size, one for each group.
 
     >>> make_partition("contiguous", [4, 2], 2, torch.Generator()).membership
     (tensor([0, 0, 1, 1]), tensor([0, 1]))

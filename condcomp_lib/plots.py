@@ -118,3 +118,64 @@ def digit(image: np.ndarray, title: str, ax: Axes | None = None) -> Axes:
     ax.set(xticks=[], yticks=[], title=title)
     ax.grid(visible=False)
     return ax
+
+
+def over_epochs(groups: Mapping[str, np.ndarray], ax: Axes | None = None, x: Sequence[float] | None = None) -> Axes:
+    """One line per label, every run as a thin line behind the mean; `groups` maps a label to values (runs x points).
+
+    `x` are the points' positions; by default epochs 1, 2, ...
+    """
+    ax = ax or plt.subplots()[1]
+    colours = (GREY, BLUE, VERMILION, ORANGE, GREEN, PURPLE, SKY)
+    for (label, values), colour in zip(groups.items(), colours, strict=False):
+        points = np.arange(1, values.shape[1] + 1) if x is None else np.asarray(x)
+        for run in values:
+            ax.plot(points, run, color=colour, alpha=0.35, linewidth=0.7)
+        ax.plot(points, values.mean(0), color=colour, linewidth=1.8, label=label)
+    return ax
+
+
+def accuracy_ratios(
+    rows: Mapping[str, Mapping[str, np.ndarray]], published: Mapping[str, float], ax: Axes | None = None
+) -> Axes:
+    """Accuracy ratios of lazy networks and their controls, one band for each kind of target, every run as a point.
+
+    `rows` maps a kind to its series (name to one number a run); `published` maps a kind to the paper's ratio.
+    """
+    ax = ax or plt.subplots()[1]
+    looks = {
+        "lazy, sample": (VERMILION, "o", 0.24), "control, sample": (VERMILION, "|", 0.24),
+        "lazy, calibrated": (BLUE, "o", -0.08), "control, calibrated": (BLUE, "|", -0.08),
+    }  # fmt: skip
+    for index, (kind, series) in enumerate(rows.items()):
+        for name, (colour, marker, offset) in looks.items():
+            if name not in series:
+                continue
+            values, height = series[name], -index + offset
+            size = 4.5 if marker == "o" else 10
+            label = name if index == 0 else None
+            ax.plot(
+                values, np.full(len(values), height), marker, color=colour, markersize=size, alpha=0.75, label=label
+            )
+            if marker == "o":
+                share = f"{100 * np.mean(series[name.replace('lazy', 'activity')]):.0f}% active"
+                ax.text(values.min() - 0.012, height, share, ha="right", va="center", fontsize=8, color=colour)
+        if kind in published:
+            ax.plot(published[kind], -index - 0.33, "D", color="black", markersize=5,
+                    label=None if any(k in published for k in list(rows)[:index]) else "published")  # fmt: skip
+    ax.axvline(1, color=GREY, linewidth=0.8, linestyle=":")
+    ax.set_yticks([-index for index in range(len(rows))], list(rows))
+    ax.set(xlabel="accuracy / the target's accuracy", ylim=(-len(rows) + 0.4, 0.6), xlim=(0, 1.06))
+    ax.grid(axis="y", visible=False)
+    return ax
+
+
+def group_use(shares: np.ndarray, rates: np.ndarray, ax: Axes | None = None) -> Axes:
+    """How often a group is evaluated, against its size (shares, runs x groups); each run's largest one stands out."""
+    ax = ax or plt.subplots()[1]
+    big = np.zeros_like(shares, dtype=bool)
+    big[np.arange(len(shares)), shares.argmax(1)] = True
+    for chosen, colour, label in ((~big, GREY, "a group"), (big, VERMILION, "the largest of a run")):
+        ax.plot(100 * shares[chosen], 100 * rates[chosen], "o", color=colour, markersize=4, alpha=0.6, label=label)
+    ax.set(xlabel="share of all hidden neurons (%)", ylim=(0, 104))
+    return ax

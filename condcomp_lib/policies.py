@@ -26,7 +26,7 @@ class Pool:
     def __init__(self, shape: tuple[int, int, int], size: int) -> None:
         channels, height, width = shape
         if size < 1 or height % size or width % size:
-            raise UsageError(f"a pool of {size} x {size} does not tile images of {height} x {width}")
+            raise UsageError(f"a pool's size must divide the image's sides, {height} x {width}, which {size} does not")
         self.shape, self.size = shape, size
         self.inputs, self.outputs = channels * height * width, channels * (height // size) * (width // size)
 
@@ -66,6 +66,11 @@ class Policy(nn.Module):
     def bits(self) -> int:
         """Bits of a mask over all gates."""
         return sum(gate.out_features for gate in self.gates)
+
+    def reads(self) -> list[int]:
+        """Features that each gate is given, before pooling."""
+        read = [gate.in_features for gate in self.gates]
+        return [self.pool.inputs, *read[1:]] if self.pool else read
 
     def logits(self, gate: int, s: Tensor) -> Tensor:
         """Z s + d of one gate (float32, examples x groups); `s` is X for the first gate, else the masked layer below.
@@ -137,7 +142,7 @@ def asked_by_gate(activity: float | Sequence[float], gates: int) -> tuple[float,
     """The asked activity for each gate, from one share for all or one for each; every share in (0, 1]."""
     asked = tuple(activity) if isinstance(activity, Sequence) else (activity,) * gates
     if len(asked) != gates:
-        raise UsageError(f"{gates} gates need as many activities, not {len(asked)}")
+        raise UsageError(f"give one activity, or one for each of the {gates} gates, not {len(asked)}")
     for share in asked:
         if not 0 < share <= 1:
             raise UsageError(f"activity must be in (0, 1], not {share}")
@@ -152,6 +157,8 @@ def level_for(logits: Tensor, sizes: Tensor, activity: float) -> float:
 
     Equal logits stand or fall together: a policy that does not look at its input cannot be calibrated finely.
     """
+    if not len(logits):
+        raise UsageError("there are no examples to calibrate on")
     if activity == 1:
         return -math.inf
     values, order = logits.flatten().sort(descending=True)
@@ -163,5 +170,5 @@ def level_for(logits: Tensor, sizes: Tensor, activity: float) -> float:
     best = int((reached - activity).abs().argmin())
     above, below = ends[best].item(), ends[best + 1].item()
     # Half-way between the two values, or the lower one where rounding would meet the upper one or one end is infinite.
-    level = (above + below) / 2
+    level = values.new_tensor((above + below) / 2).item()  # as float32, in which it will be compared
     return level if math.isfinite(level) and below <= level < above else below

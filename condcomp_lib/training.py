@@ -25,6 +25,7 @@ from condcomp_lib.targets import ACTIVATIONS, MLP, hidden_widths, multiply_adds
 
 RECIPE = 1
 CONTROL_RECIPE = 1
+POLICY_RECIPE = 1
 CACHE_BYTES = 2**30  # most that the frozen first layer's pre-activations may take
 TEMPERATURE = 2.0  # of both networks' scores in distillation
 
@@ -205,6 +206,25 @@ def train_policy(
     return curve
 
 
+def obtain_policy(spec: RunSpec, lazy: LazyNetwork, data: Dataset, artefacts: RunStore) -> Record:
+    """Give `lazy` the trained policy of `spec` in place, from the artefact cache or trained now; return its record.
+
+    `spec.settings` holds what `policy_plan` returns, the "policy_seed" that shuffles, and whatever else made `lazy`
+    what it is: its target, partition and rescaling.
+    """
+
+    def compute(wanted: RunSpec) -> Outcome:
+        shuffling = torch.Generator().manual_seed(wanted.settings["policy_seed"])
+        curve = train_policy(lazy, data, wanted.settings, shuffling)
+        weights = {name: np.asarray(tensor) for name, tensor in lazy.policy.state_dict().items()}
+        result = {"accuracy_curve": curve.accuracy, "activity_curve": curve.activity, "epochs": len(curve.accuracy)}
+        return Outcome(result, weights, {"note": data.note, "checksum": data.checksum})
+
+    record = _shelf(artefacts, data).obtain(spec, compute)
+    lazy.policy.load_state_dict({name: torch.from_numpy(array) for name, array in record.arrays().items()})
+    return record
+
+
 @torch.inference_mode()
 def first_layer(target: MLP, x: Tensor, most_bytes: int) -> Tensor | None:
     """The first layer's pre-activations of `x` (float32, examples x neurons); None where they take more bytes.
@@ -224,7 +244,7 @@ def control_width(target: MLP, wanted: float) -> int:
     """The width at which a dense net of as many hidden layers as `target` takes nearest to `wanted` multiply-adds.
 
     >>> control_width(MLP(3072, (800, 800, 800), 10), 742_000)
-    213
+    212
     """
     inputs, classes = target.linears[0].in_features, target.linears[-1].out_features
 

@@ -20,7 +20,7 @@ from condcomp_lib.provenance import environment
 from condcomp_lib.published import Answer
 from condcomp_lib.runs import Outcome, Record, RunSpec, RunStore
 
-NAMES = ("start", "targets")
+NAMES = ("start", "targets", "partitioning")
 
 # Which notebook takes up which part of the papers, by the start of the ids in `published.csv`.
 NOTEBOOKS = {

@@ -96,7 +96,6 @@ def compute(spec: RunSpec, artefacts: RunStore) -> Outcome:
         "firing_by_layer": [float(rates.mean()) for rates in active],
         "kept": list(KEPT),
         "dropped_ratio": [accuracy / accuracies[-1] for accuracy in accuracies],
-        "training_seconds": trained.provenance["seconds"],
     }
     source = {"note": data.note, "checksum": data.checksum}
     return Outcome(result, None, source, {"target": trained.cite()}, time.perf_counter() - started)
@@ -159,7 +158,7 @@ def summary(records: Sequence[Record]) -> list[dict[str, Any]]:
                 "validation accuracy": _interval(group, "valid_accuracy"),
                 "neurons that fire": _interval(group, "firing"),
                 "ratio, random 25%": stats.interval([r.result["dropped_ratio"][quarter] for r in group]),
-                "minutes a run": float(np.mean([r.result["training_seconds"] for r in group]) / 60),
+                "minutes a run": float(np.mean([r.provenance["uses"]["target"]["seconds"] for r in group]) / 60),
             }
         )
     return rows

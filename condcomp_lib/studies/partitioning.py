@@ -1,0 +1,380 @@
+"""Random partitions with REINFORCE, the baseline of *partitions* (section 5.2), and controls of equal cost."""
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from condcomp_lib import published, stats, studies
+from condcomp_lib.claims import Claim, judge
+from condcomp_lib.datasets import Dataset, Split
+from condcomp_lib.lazy import LazyNetwork, calibrated, evaluate
+from condcomp_lib.partitions import make_partition
+from condcomp_lib.policies import Policy, Sample
+from condcomp_lib.published import Answer
+from condcomp_lib.runs import Outcome, Record, RunSpec, RunStore
+from condcomp_lib.studies import targets
+from condcomp_lib.targets import MLP
+from condcomp_lib.training import POLICY_RECIPE, accuracy, obtain_control, obtain_policy, obtain_target, policy_plan
+
+RECIPE = 1
+GROUPS = 16
+TAU = 0.25
+DRAWS = 3  # of the masks of every test example, where they are sampled
+# (data set, architecture, pretraining, least keep probability, rescaling of kept activations)
+Kind = tuple[str, str, str, float | None, str]
+# The targets of section 5.2 as far as the paper says; whether it rescaled kept activations, it does not say.
+PAPER: Kind = ("svhn", "3x800", "dropout-uniform", 0.1, "none")
+RESCALED: Kind = ("svhn", "3x800", "dropout-uniform", 0.1, "activity")
+PLAIN: Kind = ("svhn", "3x800", "none", None, "none")
+SMALL: Kind = ("svhn", "2x200", "none", None, "none")
+# Each kind with its lambda_s: where sampled activity came nearest to the paper's 35% on the kind's first seed, after
+# two short epochs on 19,200 examples.
+KINDS: dict[str, dict[Kind, float]] = {
+    "quick": {
+        ("digits", "2x64", "none", None, "none"): 0.4,
+        ("digits", "2x64", "dropout-uniform", 0.3, "activity"): 0.4,
+    },
+    "paper": {
+        PLAIN: 0.37,
+        SMALL: 0.33,
+        ("mnist", "2x400", "none", None, "none"): 0.3,
+        ("svhn", "3x800", "dropout-0.5", None, "activity"): 0.5,
+        RESCALED: 0.5,
+        PAPER: 0.3,
+    },
+}
+SEEDS = {"quick": (3, 1), "paper": (3, 2)}  # target seeds, policy seeds of each
+# How masks are decided, and the activity that is asked of the decision itself.
+DECISIONS: tuple[tuple[str, float | None], ...] = (("sample", None), ("calibrated", TAU))
+POLICY: dict[str, dict[str, Any]] = {
+    "digits": {"batch": 32, "epochs": 20, "learning_rate": 3e-3},
+    "mnist": {"epochs": 5, "learning_rate": 1e-3},
+    "svhn": {"epochs": 5, "learning_rate": 1e-3},
+}
+
+
+def specs(profile: str) -> list[RunSpec]:
+    """One run per kind, seeds and decision; sampled ones first, since the others take over their policies."""
+    target_seeds, policy_seeds = SEEDS[profile]
+    kinds = itertools.product(DECISIONS, KINDS[profile], range(target_seeds), range(policy_seeds))
+    found = []
+    for (decision, asked), kind, target_seed, policy_seed in kinds:
+        dataset, architecture, pretraining, eps, rescale = kind
+        settings = {
+            "dataset": dataset,
+            "architecture": architecture,
+            "pretraining": pretraining,
+            "dropout_eps": eps,
+            "partitioner": "random",
+            "groups": GROUPS,
+            "scope": "network",
+            "rescale": rescale,
+            "decision": decision,
+            "decision_draws": DRAWS if decision == "sample" else 1,
+            "activity_asked": asked,
+            "split": "test",
+            "target_seed": target_seed,
+            "partition_seed": policy_seed,
+            "policy_seed": policy_seed,
+            "control": policy_seed == 0,  # costs more than the policy, and policies of one target cost almost the same
+            **policy_plan(tau=TAU, lambda_s=KINDS[profile][kind], **POLICY[dataset]),
+        }
+        settings["target"] = targets.target_of(settings).name
+        found.append(RunSpec("partitioning", RECIPE, settings))
+    return found
+
+
+def policy_of(settings: Mapping[str, Any]) -> RunSpec:
+    """The spec of the trained policy that a run with these settings decides by."""
+    own = ("split", "decision", "decision_draws", "activity_asked", "control")
+    return RunSpec("policies", POLICY_RECIPE, {key: value for key, value in settings.items() if key not in own})
+
+
+def untrained(settings: Mapping[str, Any], target: MLP, data: Dataset) -> LazyNetwork:
+    """The lazy network of these settings before its policy is trained; it decides by sampling."""
+    target_seed, partition_seed, policy_seed = (settings[f"{name}_seed"] for name in ("target", "partition", "policy"))
+    drawing = torch.Generator().manual_seed(1000 * target_seed + partition_seed)
+    partition = make_partition(settings["partitioner"], target.hidden, settings["groups"], drawing, settings["scope"])
+    starting = torch.Generator().manual_seed(1_000_000 + 1000 * target_seed + policy_seed)
+    policy = Policy(partition, data.train.x.shape[1], generator=starting)
+    return LazyNetwork(target, partition, policy, Sample(starting), settings["rescale"])
+
+
+def compute(spec: RunSpec, artefacts: RunStore) -> Outcome:
+    """Train (or fetch) target and policy, decide the test split's masks, train (or fetch) the control of equal cost."""
+    settings = spec.settings
+    data = studies.dataset(settings["dataset"])
+    target_spec = targets.target_of(settings)
+    target, trained = obtain_target(target_spec, data, artefacts)
+    lazy = untrained(settings, target, data)
+    learned = obtain_policy(policy_of(settings), lazy, data, artefacts)
+    started = time.perf_counter()
+    if settings["decision"] == "calibrated":
+        lazy = calibrated(lazy, torch.from_numpy(data.valid.x), settings["activity_asked"])
+    else:
+        lazy.decision = Sample(torch.Generator().manual_seed(settings["policy_seed"]))
+    valid, test = (measured(lazy, split, settings["decision_draws"]) for split in (data.valid, data.test))
+    cost = lazy.cost(test[1])
+    seconds = time.perf_counter() - started
+    full = accuracy(target, data.test)
+    result: dict[str, Any] = {
+        "target_accuracy": full,
+        "accuracy": test[0],
+        "accuracy_ratio": test[0] / full,
+        "valid_accuracy": valid[0],
+        "target_valid_accuracy": trained.result["valid_accuracy"],
+        "activity": lazy.partition.activity(test[1]).mean().item(),
+        "valid_activity": lazy.partition.activity(valid[1]).mean().item(),
+        "activity_by_layer": [n / width for n, width in zip(cost.neurons, target.hidden, strict=True)],
+        "compute": lazy.compute(test[1]),
+        "bytes_share": cost.total_bytes / lazy.target_cost().total_bytes,
+        "group_sizes": lazy.partition.sizes.tolist(),
+        "group_firing": test[1].double().mean(0).tolist(),
+        "epochs": learned.result["epochs"],
+        "accuracy_curve": learned.result["accuracy_curve"],
+        "activity_curve": learned.result["activity_curve"],
+    }
+    used = {"target": trained.cite(), "policy": learned.cite()}
+    if settings["control"]:
+        control, distilled = obtain_control(
+            target, target_spec, cost.total_multiply_adds, data, artefacts,
+            seed=settings["target_seed"], **targets.TRAINING[settings["dataset"]],
+        )  # fmt: skip
+        result["control_width"] = control.hidden[0]
+        result["control_accuracy"] = distilled.result["test_accuracy"]
+        result["control_ratio"] = distilled.result["test_accuracy"] / full
+        used["control"] = distilled.cite()
+    return Outcome(result, None, {"note": data.note, "checksum": data.checksum}, used, seconds)
+
+
+def measured(lazy: LazyNetwork, split: Split, draws: int) -> tuple[float, Tensor]:
+    """Accuracy on `split`, a mean over `draws` evaluations, and all their masks (bool, draws * examples x bits)."""
+    x, y = torch.from_numpy(split.x), torch.from_numpy(split.y)
+    found = [evaluate(lazy, x) for _ in range(draws)]
+    hits = torch.stack([evaluation.scores.argmax(1) == y for evaluation in found])
+    return hits.double().mean().item(), torch.cat([evaluation.mask for evaluation in found])
+
+
+def by_kind(records: Sequence[Record]) -> dict[tuple[Kind, str], list[Record]]:
+    """The records of each kind and decision, kind by kind."""
+    groups: dict[tuple[Kind, str], list[Record]] = {}
+    for record in records:
+        settings = record.spec.settings
+        kind = tuple(settings[key] for key in ("dataset", "architecture", "pretraining", "dropout_eps", "rescale"))
+        groups.setdefault((kind, settings["decision"]), []).append(record)
+    kinds = list(dict.fromkeys(kind for kind, _ in groups))
+    return {(kind, decision): groups[kind, decision] for kind in kinds for decision, _ in DECISIONS
+            if (kind, decision) in groups}  # fmt: skip
+
+
+def label(kind: Kind) -> str:
+    """A kind in words, for tables and figures.
+
+    >>> label(("svhn", "3x800", "none", None, "none"))
+    'svhn 3x800, no dropout'
+    """
+    dataset, architecture, pretraining, eps, rescale = kind
+    ending = {"none": "", "activity": ", rescaled"}[rescale]
+    return f"{dataset} {architecture}, {targets.label(pretraining, eps)}{ending}"
+
+
+def controlled(group: Sequence[Record]) -> list[Record]:
+    """The records of a kind that have a control."""
+    return [record for record in group if record.spec.settings["control"]]
+
+
+def over_runs(group: Sequence[Record], value: Callable[[Mapping[str, Any]], float]) -> stats.Interval:
+    """`value` of each record's result with its interval; runs that share a target are resampled together."""
+    seeds = [record.spec.settings["target_seed"] for record in group]
+    return stats.interval([value(record.result) for record in group], clusters=seeds)
+
+
+def largest(result: Mapping[str, Any]) -> tuple[float, float]:
+    """The largest group's share of all hidden neurons, and the share of examples on which it is evaluated."""
+    sizes = result["group_sizes"]
+    index = int(np.argmax(sizes))
+    return sizes[index] / sum(sizes), result["group_firing"][index]
+
+
+def summary(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """The table of lazy networks: one row per kind and decision, intervals over runs, resampled by target."""
+    rows = []
+    for (kind, decision), group in by_kind(records).items():
+        rows.append(
+            {
+                "target": label(kind),
+                "decision": f"{decision} {asked:.0%}" if (asked := dict(DECISIONS)[decision]) else decision,
+                "runs": len(group),
+                "target accuracy": over_runs(group, lambda r: r["target_accuracy"]),
+                "lazy accuracy": over_runs(group, lambda r: r["accuracy"]),
+                "accuracy ratio": over_runs(group, lambda r: r["accuracy_ratio"]),
+                "activity": over_runs(group, lambda r: r["activity"]),
+                "compute": over_runs(group, lambda r: r["compute"]),
+                "control width": over_runs(controlled(group), lambda r: r["control_width"]).format(0),
+                "control ratio": over_runs(controlled(group), lambda r: r["control_ratio"]),
+            }
+        )
+    return rows
+
+
+def group_summary(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """The table of groups: sizes, and how often the largest and the average one are evaluated."""
+    rows = []
+    for (kind, decision), group in by_kind(records).items():
+        if decision != "sample":
+            continue
+        rows.append(
+            {
+                "target": label(kind),
+                "runs": len(group),
+                "neurons a group": float(np.mean(group[0].result["group_sizes"])),
+                "s.d. of sizes": over_runs(group, lambda r: np.std(r["group_sizes"])),
+                "largest group's share": over_runs(group, lambda r: largest(r)[0]),
+                "it is evaluated on": over_runs(group, lambda r: largest(r)[1]),
+                "average group on": over_runs(group, lambda r: np.mean(r["group_firing"])),
+                "s.d. between groups": over_runs(group, lambda r: np.std(r["group_firing"])),
+            }
+        )
+    return rows
+
+
+def ratios(records: Sequence[Record]) -> dict[str, dict[str, np.ndarray]]:
+    """For each kind the accuracy ratios of its runs, lazy and control, by decision; what the main figure shows."""
+    found: dict[str, dict[str, np.ndarray]] = {}
+    for (kind, decision), group in by_kind(records).items():
+        rows = found.setdefault(label(kind), {})
+        rows[f"lazy, {decision}"] = np.array([r.result["accuracy_ratio"] for r in group])
+        rows[f"control, {decision}"] = np.array([r.result["control_ratio"] for r in controlled(group)])
+        rows[f"activity, {decision}"] = np.array([r.result["activity"] for r in group])
+    return found
+
+
+def learning(records: Sequence[Record]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """For each kind the accuracy (over the target's) and the activity after each epoch of policy training, by run."""
+    return {
+        label(kind): (
+            np.array([np.array(r.result["accuracy_curve"]) / r.result["target_valid_accuracy"] for r in group]),
+            np.array([r.result["activity_curve"] for r in group]),
+        )
+        for (kind, decision), group in by_kind(records).items()
+        if decision == "sample"
+    }
+
+
+def firing(records: Sequence[Record]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """For each kind the share of the neurons that each group holds, and of the examples it is evaluated on, by run."""
+    found = {}
+    for (kind, decision), group in by_kind(records).items():
+        if decision == "sample":
+            sizes = np.array([r.result["group_sizes"] for r in group], dtype=float)
+            rates = np.array([r.result["group_firing"] for r in group])
+            found[label(kind)] = (sizes / sizes.sum(1, keepdims=True), rates)
+    return found
+
+
+def answers(records: Sequence[Record]) -> list[Answer]:
+    """This study's numbers beside published ids: random partitions of 3x800 and 2x200."""
+    groups = by_kind(records)
+    place = {"notebook": "01_partitioning", "figure": "partitioning_table"}
+    found = []
+    for kind, ids in ((PAPER, ("Ps52.15", "Ps52.02", "Ps52.03", "Ps52.04")), (SMALL, ("Ps52.17", "Ps52.12"))):
+        group = groups.get((kind, "sample"), [])
+        if not group:
+            continue
+        activity = over_runs(group, lambda r: 100 * r["activity"]).format(0)
+        control = over_runs(controlled(group), lambda r: r["control_ratio"])
+        note = f"on test at {activity}% activity; control {control.format(2)}; {targets.NO_EXTRA}"
+        numbers = (
+            ("accuracy_ratio", over_runs(group, lambda r: r["accuracy_ratio"])),
+            ("validation_accuracy_percent", over_runs(group, lambda r: 100 * r["valid_accuracy"])),
+            ("activity_percent", over_runs(group, lambda r: 100 * r["valid_activity"])),
+            ("sd_of_activity_by_partition_percent", over_runs(group, lambda r: 100 * np.std(r["group_firing"]))),
+        )
+        found += [Answer(id, ours, metric, note, **place) for id, (metric, ours) in zip(ids, numbers, strict=False)]
+    return found
+
+
+def published_ratios() -> dict[str, float]:
+    """The paper's accuracy ratios by the label of the kind that stands beside them."""
+    rows = published.load()
+    return {label(kind): rows[id].value or math.nan for kind, id in ((PAPER, "Ps52.15"), (SMALL, "Ps52.17"))}
+
+
+def claims(records: Sequence[Record]) -> list[Claim]:
+    """Published levels, what dropout changes, the calibration, and the comparison with dense nets of equal compute."""
+    groups = by_kind(records)
+    found = []
+    for (kind, decision), group in groups.items():
+        end = ".".join([*(str(part) for part in kind if part is not None), decision])
+        gain = over_runs(controlled(group), lambda r: r["accuracy"] - r["control_accuracy"])
+        statement = f"{label(kind)}, {decision}: the lazy network beats the dense net of equal compute"
+        found.append(judge(f"partitioning.control.{end}", "ours", statement, gain, above=0.0))
+        if decision == "calibrated" and kind[0] != "digits":  # 360 digits are too few to tell half a point
+            miss = over_runs(group, lambda r: abs(r["activity"] - TAU))
+            statement = f"{label(kind)}: calibrated on validation data, test activity is within half a point of 25%"
+            found.append(judge(f"partitioning.calibrated.{end}", "ours", statement, miss, below=0.005))
+    for kind, beside, id in ((PAPER, PAPER, "Ps52.15"), (RESCALED, PAPER, "Ps52.15"), (SMALL, SMALL, "Ps52.17")):
+        if group := groups.get((kind, "sample"), []):
+            ratio, level = over_runs(group, lambda r: r["accuracy_ratio"]), published_ratios()[label(beside)]
+            statement = f"{label(kind)}: as much of the target's accuracy as published, or more"
+            found.append(judge(f"partitioning.{id}.{kind[-1]}", id, statement, ratio, above=level))
+    plain = groups.get((PLAIN, "calibrated"), [])
+    for kind in (PAPER, RESCALED):
+        group = groups.get((kind, "calibrated"), [])
+        if group and len(group) == len(plain):
+            pairs = [a.result["accuracy_ratio"] - b.result["accuracy_ratio"] for a, b in zip(group, plain, strict=True)]
+            gain = stats.interval(pairs, clusters=[record.spec.settings["target_seed"] for record in group])
+            statement = f"{label(kind)}: at 25% activity it keeps more of its target than without dropout"
+            found.append(judge(f"partitioning.dropout.{kind[-1]}", "partitions, 4.1", statement, gain, above=0.0))
+    return found
+
+
+def findings(records: Sequence[Record], trained: Sequence[Record]) -> str:
+    """What the runs of this study and of the targets say, as a Markdown list with its numbers filled in."""
+    lines = [
+        f"- **{targets.label(pretraining, eps)}** ({architecture} on {dataset}, in full): test accuracy "
+        f"{stats.interval([record.result['accuracy'] for record in group])}."
+        for (dataset, architecture, pretraining, eps), group in targets.by_kind(trained).items()
+        if pretraining != "none"
+    ]
+    for (kind, decision), group in by_kind(records).items():
+        lazy, control, activity, compute = (
+            over_runs(chosen, lambda r, field=field: r[field]).format(2)  # type: ignore[misc]
+            for field, chosen in (
+                ("accuracy_ratio", group),
+                ("control_ratio", controlled(group)),
+                ("activity", group),
+                ("compute", group),
+            )
+        )
+        lines.append(
+            f"- **{label(kind)}**, {decision}: {activity} of the neurons and {compute} of the multiply-adds keep "
+            f"{lazy} of the target's accuracy; a dense net of the same cost keeps {control}."
+        )
+    return "\n".join(lines)
+
+
+def promises(records: Sequence[Record]) -> dict[str, Sequence[Record]]:
+    """Figures and tables of notebook 01 that are made from this study."""
+    names = ("partitioning_ratios", "partitioning_training", "partitioning_groups", "partitioning_table",
+             "partitioning_group_table")  # fmt: skip
+    return dict.fromkeys(names, records)
+
+
+STUDY = studies.Study(
+    name="partitioning",
+    title="Random partitions with REINFORCE",
+    notebook="01_partitioning",
+    specs=specs,
+    compute=compute,
+    answers=answers,
+    claims=claims,
+    promises=promises,
+    audited=("target_accuracy", "accuracy", "activity", "compute"),
+)

@@ -1,0 +1,346 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Partitioning: cut a trained network into groups
+#
+# *partitions* takes a network that is already trained, cuts its hidden neurons into groups, and learns a policy that
+# evaluates few groups for each input. This is the first part of the notebook on it: groups drawn **at random** and a
+# policy learned by **REINFORCE**, the baseline of the paper's sections 5.1 and 5.2. Cuts that look at the network come
+# next.
+#
+# - **What you will do**: build a lazy network on handwritten digits from its three parts, train its policy, count what
+#   an evaluation costs, and compare it with a small dense network of the same cost.
+# - **What you will learn**: what a random cut keeps of a network's accuracy, what dropout changes about that, and why
+#   an accuracy ratio says little without the activity and the control beside it.
+# - **What you need**: `00_start_here`. No GPU, no download.
+# - **How long it takes**: fifteen minutes to read, under a minute to run.
+
+# %%
+from IPython.display import Markdown, display
+import matplotlib.pyplot as plt
+import pandas as pd
+import torch
+from torch.nn.functional import cross_entropy
+
+from condcomp_lib import claims, paths, plots, studies, tables
+from condcomp_lib.estimators import Reinforce, log_probability
+from condcomp_lib.lazy import LazyNetwork, calibrated, evaluate
+from condcomp_lib.partitions import make_partition
+from condcomp_lib.policies import Policy, Sample
+from condcomp_lib.runs import RunStore
+from condcomp_lib.sparsity import sparsity_loss
+from condcomp_lib.studies import partitioning, targets
+from condcomp_lib.training import obtain_control, obtain_target, policy_plan, train_policy
+
+plots.use_style()
+torch.set_num_threads(1)  # results depend on it
+pd.set_option("display.width", 160, "display.max_columns", 20, "display.max_colwidth", None)
+
+# %% [markdown]
+# `paper` reads the finished runs that come with this companion; `quick` computes small ones on digits, here and now.
+
+# %% tags=["parameters"]
+profile: str = "paper"  # "paper": stored runs; "quick": computed now, on digits
+groups: int = 16  # groups of the digits network below (1 to 128)
+tau: float = 0.25  # share of the groups that its policy is asked to evaluate, above 0 up to 1
+
+# %% [markdown]
+# ## Put a lazy network together
+#
+# A lazy network has three parts, $Z = \langle T_\theta, \pi_\omega, \mathcal{P} \rangle$. The **target network**
+# $T_\theta$ is trained first and then frozen:
+
+# %%
+data = studies.dataset("digits")
+settings = {
+    "dataset": "digits",
+    "architecture": "2x64",
+    "pretraining": "none",
+    "target_seed": 0,
+}
+target_spec = targets.target_of(settings)
+target, trained = obtain_target(target_spec, data, RunStore(paths.artefacts(profile)))
+print(f"hidden layers {target.hidden}, test accuracy {trained.result['test_accuracy']:.3f}")
+
+# %% [markdown]
+# The **partition** puts every hidden neuron into one of $k$ groups; here each neuron draws its group at random, and a
+# group spans both layers. The **policy** maps the input to one probability per group,
+# $\sigma = \mathrm{sigmoid}(Z x + d)$. The **mask** $M$ has one bit per group, drawn with that probability:
+
+# %%
+generator = torch.Generator().manual_seed(0)
+partition = make_partition("random", target.hidden, groups, generator)
+policy = Policy(partition, inputs=64, generator=generator)
+lazy = LazyNetwork(target, partition, policy, Sample(generator))
+print("group of the first layer's first neurons:", partition.membership[0][:12].tolist())
+print("neurons in each group:", partition.sizes.tolist())
+
+# %% [markdown]
+# > **The paper says** (*partitions*, section 2): only the neurons of the groups with a one are evaluated, all others
+# > count as zero; bits are sampled in training and at inference.
+#
+# Written out, that is a product with the mask after each hidden layer. `LazyNetwork` computes the same:
+
+# %% tags=["nbval-check-output"]
+x, y = torch.from_numpy(data.test.x), torch.from_numpy(data.test.y)
+with torch.no_grad():
+    mask = torch.rand(len(x), groups) < 0.5
+    h = x
+    for layer, group in zip(target.linears[:-1], partition.membership, strict=True):
+        h = torch.relu(layer(h)) * mask[:, group]
+    by_hand = target.linears[-1](h)
+    same = torch.allclose(by_hand, lazy.masked_scores(x, mask), atol=1e-5)
+print("the lazy network is the target with masked neurons:", same)
+
+# %% [markdown]
+# ## Train the policy
+#
+# Which groups an input needs is not labelled, and a sampled bit has no gradient. REINFORCE needs none: it samples a
+# mask, looks at the loss $\mathcal{L}$ of the lazy network, and makes masks with a lower loss than the average $b$
+# more probable (*partitions*, section 3.1):
+#
+# $$\nabla_\omega = (\mathcal{L} - b)\, \nabla_\omega \log \pi_\omega(M \mid X)$$
+#
+# Alone it would evaluate everything. Two terms ask for a share $\tau$ of the groups, averaged over a minibatch for each
+# group ($L_b$) and over the groups for each example ($L_e$), as in *faster-models*:
+#
+# $$\lambda_s (L_b + L_e), \qquad L_b = \sum_j \Big| \tfrac{1}{B} \sum_i \sigma_{ij} - \tau \Big|, \qquad
+# L_e = \tfrac{1}{B} \sum_i \Big| \tfrac{1}{k} \sum_j \sigma_{ij} - \tau \Big|$$
+#
+# One step in full, on one minibatch:
+
+# %%
+rows = torch.arange(32)
+found = lazy.evaluate(torch.from_numpy(data.train.x)[rows])
+costs = cross_entropy(found.scores, torch.from_numpy(data.train.y)[rows], reduction="none")
+log_pi = log_probability(found.logits, found.mask)
+estimate = Reinforce(baseline="mean").loss(costs, log_pi)
+sparsity = sparsity_loss(found.logits.sigmoid(), tau, lambda_s=0.4)
+gradient = torch.autograd.grad(estimate + sparsity, policy.gates[0].weight)[0]
+print(f"mean cost {costs.mean():.2f}, gradient {tuple(gradient.shape)} of the policy's weights")
+
+# %% [markdown]
+# > **We differ here, because** the paper's $b$ is the mean loss of the minibatch, which contains the example's own
+# > loss: the estimate is then $(1 - 1/B)$ times the true gradient in expectation. We keep the paper's baseline (the
+# > factor only scales the step) and test it against that; `leave-one-out` has no such factor.
+#
+# And twenty epochs of it (`train_policy`); the target never changes:
+
+# %%
+plan = policy_plan(tau=tau, **partitioning.POLICY["digits"])
+curve = train_policy(lazy, data, plan, torch.Generator().manual_seed(0))
+for epoch in (1, 5, 10, 20):
+    shown = f"accuracy {curve.accuracy[epoch - 1]:.2f}, activity {curve.activity[epoch - 1]:.2f}"
+    print(f"epoch {epoch:2}: {shown} on validation digits")
+
+# %% [markdown]
+# ## Decide how much to evaluate
+#
+# Sampled masks end where the two forces balance, seldom at the $\tau$ asked for. To compare lazy networks they must be
+# equally lazy. So we also decide by a **calibrated threshold**: the probability above which a group is evaluated is
+# chosen on validation data so that mean activity is what was asked.
+
+# %%
+matched = calibrated(lazy, torch.from_numpy(data.valid.x), activity=0.25)
+for name, network in (("sampled", lazy), ("calibrated", matched)):
+    found = evaluate(network, x)
+    hits = (found.scores.argmax(1) == y).double().mean()
+    activity = partition.activity(found.mask).mean()
+    print(f"{name:<10}  activity {activity:.3f}  test accuracy {hits:.3f}")
+
+# %% [markdown]
+# ## Count what an evaluation costs
+#
+# Neurons are not the cost. Multiply-adds are counted for each example from the neurons really evaluated on both sides
+# of a product, the policy's own included; bytes are the weights that one example reads.
+
+# %%
+cost, full = matched.cost(found.mask), matched.target_cost()
+layers = range(1, len(cost.multiply_adds) + 1)
+print(
+    pd.DataFrame(
+        {
+            "weight layer": [*map(str, layers), "policy", "all"],
+            "target": [*full.multiply_adds, 0, full.total_multiply_adds],
+            "lazy": [*cost.multiply_adds, *cost.policy_multiply_adds, cost.total_multiply_adds],
+        }
+    ).to_string(index=False, float_format="{:.0f}".format)
+)
+print(f"compute: {matched.compute(found.mask):.3f} of the target's multiply-adds")
+
+# %% [markdown]
+# ## Face the control
+#
+# The same multiply-adds also buy a narrow dense network. The **equal-compute control** has as many layers as the
+# target and the width that costs what the lazy network costs, and is distilled from the same target. A lazy network
+# that does not beat it has no reason to exist, so every comparison of this companion shows it.
+
+# %%
+control, record = obtain_control(
+    target,
+    target_spec,
+    cost.total_multiply_adds,
+    data,
+    RunStore(paths.artefacts(profile)),
+    **targets.TRAINING["digits"],
+)
+print(f"control: {control.hidden} wide, test accuracy {record.result['test_accuracy']:.3f}")
+
+# %% [markdown]
+# ## Train targets that can stand gaps
+#
+# > **The paper says** (*partitions*, section 4.1): a policy that still explores evaluates few neurons, and the wrong
+# > ones. A target trained with dropout is robust to that, most of all when the dropout rate itself is drawn anew for
+# > each minibatch, from $U[\epsilon, 1]$; and such targets reach a higher accuracy even when evaluated in full.
+#
+# We read the rate as the probability to *keep* a neuron, with kept activations divided by it: as a drop rate it could
+# be 1 and leave nothing. The paper does not state $\epsilon$; here are three. Left: validation accuracy while the target
+# trains. Right: what remains of the target's accuracy when only a random share of its neurons is kept, with no policy
+# at all. Thin lines are single runs, thick ones their mean.
+
+# %%
+trained_targets = studies.records("targets", profile)
+fig, axes = plt.subplots(1, 2, figsize=(10, 3.6))
+plots.over_epochs(targets.curves(trained_targets), axes[0])
+axes[0].set(xlabel="epoch", ylabel="validation accuracy, full network")
+axes[0].set_title("training the target")
+shares = [100 * share for share in targets.KEPT]
+plots.over_epochs(targets.curves(trained_targets, "dropped_ratio"), axes[1], shares)
+axes[1].set(xlabel="hidden neurons kept, at random (%)", ylabel="accuracy / full accuracy")
+axes[1].set_title("dropping neurons of the trained target")
+axes[1].set_ylim(0, 1.05)
+axes[1].legend(loc="lower right")
+plots.save_figure(fig, "targets_curves", trained_targets, profile)
+plt.show()
+
+# %% tags=["nbval-check-output"]
+table = tables.frame(targets.summary(trained_targets))
+tables.save_table(table, "targets_table", trained_targets, profile)
+display(Markdown(tables.markdown(table.drop(columns="minutes a run"))))
+
+# %% [markdown]
+# ## Cut them at random
+#
+# Sixteen groups, drawn at random, one policy on the raw input, REINFORCE; three targets of each kind, two partitions
+# and policies for each. Activity first rises or falls to where cost and sparsity balance, within a few epochs:
+
+# %%
+records = studies.records("partitioning", profile)
+learning = partitioning.learning(records)
+fig, axes = plt.subplots(1, 2, figsize=(10, 3.6))
+plots.over_epochs({kind: accuracy for kind, (accuracy, _) in learning.items()}, axes[0])
+plots.over_epochs({kind: 100 * activity for kind, (_, activity) in learning.items()}, axes[1])
+axes[0].set(xlabel="epoch of policy training", ylabel="accuracy / the target's", ylim=(0, 1.05))
+axes[1].set(xlabel="epoch of policy training", ylabel="activity (%)", ylim=(0, 62))
+axes[1].axhline(100 * partitioning.TAU, color="black", linestyle=":", linewidth=0.9)
+fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+plots.save_figure(fig, "partitioning_training", records, profile)
+plt.show()
+
+# %% [markdown]
+# And what is kept, on test examples that neither training nor calibration saw. Circles are lazy networks, bars the
+# controls of the same cost; "sample" is what the policy does of its own accord, "calibrated" is held to 25% activity.
+
+# %%
+published = partitioning.published_ratios() if profile == "paper" else {}
+ratios = partitioning.ratios(records)
+fig, ax = plt.subplots(figsize=(10, 1.0 + 0.72 * len(ratios)))
+plots.accuracy_ratios(ratios, published, ax)
+fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=5)
+plots.save_figure(fig, "partitioning_ratios", records, profile)
+plt.show()
+
+# %% tags=["nbval-check-output"]
+table = tables.frame(partitioning.summary(records))
+tables.save_table(table, "partitioning_table", records, profile)
+display(Markdown(tables.markdown(table)))
+
+# %% [markdown]
+# ## Look at the groups
+#
+# > **The paper says** (*partitions*, section 5): with unbalanced partitions, sparsity can be lost to one group that
+# > holds most neurons and is evaluated often. Its random partitions of 2,400 neurons have groups of about 150 (standard
+# > deviation about 10), and the activity of the groups differs little (standard deviation 2.17%, id `Ps52.04`).
+#
+# Each dot is one group of one run: its share of the neurons, and how often the policy evaluates it.
+
+# %%
+firing = partitioning.firing(records)
+columns = min(3, len(firing))
+lines = -(-len(firing) // columns)
+fig, axes = plt.subplots(
+    lines, columns, figsize=(3.4 * columns, 2.6 * lines), sharey=True, squeeze=False
+)
+for ax, (kind, (shares, rates)) in zip(axes.flat, firing.items(), strict=False):
+    plots.group_use(shares, rates, ax)
+    ax.set_title(kind, fontsize=8.5)
+for ax in axes[:, 0]:
+    ax.set_ylabel("evaluated on\n(% of test examples)")
+fig.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+plots.save_figure(fig, "partitioning_groups", records, profile)
+plt.show()
+
+# %% tags=["nbval-check-output"]
+table = tables.frame(partitioning.group_summary(records))
+tables.save_table(table, "partitioning_group_table", records, profile)
+display(Markdown(tables.markdown(table)))
+
+# %% [markdown]
+# ## Judge the claims
+#
+# Runs that share a target are not independent; intervals resample whole targets. With three of them they are too
+# narrow (see `condcomp_lib.stats`), so read near misses as undecided.
+
+# %% tags=["nbval-check-output"]
+judged = claims.check_verdicts(
+    [*targets.claims(trained_targets), *partitioning.claims(records)], profile
+)
+rows = tables.frame(tables.claim_rows(judged))
+display(Markdown(tables.markdown(rows[["claim", "source", "found", "holds if", "verdict"]])))
+
+# %% [markdown]
+# ## Compare: published and ours
+
+# %%
+overview = tables.compact(pd.DataFrame(studies.overview()))
+here = overview[overview.item.str.startswith("partitions, Section 5") & (overview.ours != "not yet")]
+display(Markdown(tables.markdown(here)))
+
+# %% [markdown]
+# ## What we found
+
+# %%
+display(Markdown(partitioning.findings(records, trained_targets)))
+
+# %% [markdown]
+# ## What differs from the paper
+#
+# - **SVHN without its extra set**, so targets reach a lower accuracy: 57,257 digits to train instead of about 600,000.
+#   Compare ratios, not levels. All numbers are on held-out test digits unless a row says validation.
+# - **The weight $\lambda_s$ of the sparsity terms** is not in the paper. It was chosen for each kind of target on its first
+#   seed so that sampled activity ends near the 35% that the paper reports; so that activity is a choice here, not a
+#   finding.
+# - **Rescaling** of kept activations is not mentioned in the paper. Targets trained with dropout saw kept activations
+#   divided by the keep probability; rows marked "rescaled" do the same with the share that is evaluated.
+# - **Adam** with a falling learning rate, for targets (12 epochs without, 24 with dropout) and policies (8 epochs).
+# - **Intervals over seeds** instead of the best of a search.
+#
+# ## References
+#
+# - *partitions*: V. Antaki, E. Bengio. Applying conditional computation methods by learning neuron partitions.
+# - *faster-models*: E. Bengio, P.-L. Bacon, J. Pineau, D. Precup. Conditional computation in neural networks for faster
+#   models. arXiv:1511.06297, 2015.
+# - R. J. Williams. Simple statistical gradient-following algorithms for connectionist reinforcement learning. Machine
+#   Learning 8, 1992.
+# - N. Srivastava et al. Dropout: a simple way to prevent neural networks from overfitting. JMLR 15, 2014.

@@ -1,0 +1,108 @@
+"""The studies `targets` and `partitioning`: what a run holds, and their bookkeeping."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from condcomp_lib import datasets, published, studies
+from condcomp_lib.runs import RunStore
+from condcomp_lib.studies import partitioning, targets
+from condcomp_lib.training import build
+
+
+@pytest.fixture(scope="module")
+def artefacts(tmp_path_factory):
+    return tmp_path_factory.mktemp("artefacts")
+
+
+@pytest.fixture(scope="module")
+def specs():
+    """A sampled and a calibrated run of one policy, on few digits' epochs."""
+    found = [spec for spec in partitioning.specs("quick") if spec.settings["target_seed"] == 0]
+    return [spec for spec in found if spec.settings["pretraining"] == "none"]
+
+
+@pytest.fixture(scope="module")
+def outcomes(specs, artefacts):
+    return [partitioning.compute(spec, RunStore(artefacts)) for spec in specs]
+
+
+@pytest.mark.parametrize("study", [targets, partitioning])
+@pytest.mark.parametrize("profile", ["quick", "paper"])
+def test_every_run_of_the_table_is_named_once(study, profile):
+    names = [spec.name for spec in study.specs(profile)]
+    assert len(set(names)) == len(names) > 0
+
+
+def test_all_decisions_of_one_policy_share_its_training():
+    specs = partitioning.specs("paper")
+    policies = {spec.name: partitioning.policy_of(spec.settings).name for spec in specs}
+    decisions = len(partitioning.DECISIONS)
+    assert len(set(policies.values())) * decisions == len(specs)
+    half = len(specs) // decisions
+    assert list(policies.values())[:half] == list(policies.values())[half:]
+
+
+def test_each_pair_of_seeds_has_its_own_partition_and_policy():
+    data = datasets.load("digits")
+    settings = partitioning.specs("quick")[0].settings
+    target = build(targets.target_of(settings), data)
+    found = {}
+    for target_seed, seed in itertools.product(range(3), range(2)):
+        seeds = {"target_seed": target_seed, "partition_seed": seed, "policy_seed": seed}
+        lazy = partitioning.untrained({**settings, **seeds}, target, data)
+        again = partitioning.untrained({**settings, **seeds}, target, data)
+        assert torch.equal(lazy.policy.gates[0].weight, again.policy.gates[0].weight)
+        found[target_seed, seed] = (torch.cat(lazy.partition.membership), lazy.policy.gates[0].weight)
+    for one, other in itertools.combinations(found, 2):
+        assert not torch.equal(found[one][0], found[other][0])
+        assert not torch.equal(found[one][1], found[other][1])
+
+
+def test_a_run_is_consistent_with_itself(specs, outcomes):
+    for spec, outcome in zip(specs, outcomes, strict=True):
+        result = outcome.result
+        assert result["accuracy_ratio"] == pytest.approx(result["accuracy"] / result["target_accuracy"])
+        sizes, rates = np.array(result["group_sizes"]), np.array(result["group_firing"])
+        assert result["activity"] == pytest.approx((sizes * rates).sum() / sizes.sum())
+        assert result["activity"] == pytest.approx(np.mean(result["activity_by_layer"]))  # layers of equal width
+        assert 0 < result["compute"] < 1
+        assert set(outcome.uses) == {"target", "policy", "control"}
+        assert len(result["accuracy_curve"]) == len(result["activity_curve"]) == spec.settings["max_epochs"]
+
+
+def test_the_same_seed_twice_gives_the_same_run(specs, outcomes, tmp_path):
+    again = partitioning.compute(specs[0], RunStore(tmp_path))
+    assert again.result == outcomes[0].result
+
+
+def test_decisions_share_target_and_policy_but_not_the_mask(outcomes):
+    sampled, calibrated = outcomes
+    assert sampled.uses["policy"] == calibrated.uses["policy"]
+    assert sampled.result["target_accuracy"] == calibrated.result["target_accuracy"]
+    assert sampled.result["group_firing"] != calibrated.result["group_firing"]
+    assert calibrated.result["valid_activity"] == pytest.approx(partitioning.TAU, abs=0.005)
+
+
+def test_a_dropped_share_of_everything_is_the_target(artefacts):
+    spec = targets.specs("quick")[0]
+    result = targets.compute(spec, RunStore(artefacts)).result
+    assert result["dropped_ratio"][-1] == 1
+    assert result["accuracy"] == result["dropped_ratio"][-1] * result["accuracy"]
+    assert result["dropped_ratio"][0] < result["dropped_ratio"][-1]
+
+
+def test_answers_are_about_known_ids_and_claims_have_unique_names():
+    for study in (targets, partitioning):
+        records = studies.records(study.STUDY.name, "paper", partial=True)
+        assert {answer.id for answer in study.answers(records)} <= set(published.load())
+        names = [claim.id for claim in study.claims(records)]
+        assert len(set(names)) == len(names)
+
+
+def test_published_ratios_stand_beside_kinds_of_the_run_table():
+    known = {partitioning.label(kind) for kind in partitioning.KINDS["paper"]}
+    assert set(partitioning.published_ratios()) <= known
+    assert sorted(partitioning.published_ratios().values()) == [0.273, 0.858]

@@ -1,0 +1,167 @@
+"""Dropout at fixed and at random rates: how rates are distributed, what is dropped, and what stays."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from condcomp_lib.errors import UsageError
+from condcomp_lib.pretraining import LITERAL_LEAST_KEEP, PRETRAINING, check, dropped, keep_rates, scores_with_dropout
+from condcomp_lib.targets import MLP
+
+RANDOM = ("dropout-uniform", "dropout-uniform-literal")
+FIXED = ("none", "dropout-0.5")
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def rates(pretraining, eps, count=2000):
+    rate = keep_rates(pretraining, eps, seeded())
+    return np.array([rate() for _ in range(count)])
+
+
+@pytest.mark.parametrize("eps", [0.05, 0.2, 0.7])
+def test_random_rates_are_uniform_from_eps_to_one(eps):
+    found = rates("dropout-uniform", eps)
+    assert eps <= found.min() < found.max() <= 1
+    assert stats.kstest(found, stats.uniform(eps, 1 - eps).cdf).pvalue > 0.001
+    assert stats.kstest(found, stats.uniform(0, 1).cdf).pvalue < 0.001
+
+
+@pytest.mark.parametrize("eps", [0.05, 0.2, 0.7])
+def test_read_literally_the_rate_of_dropping_is_uniform_and_a_least_rate_is_kept(eps):
+    found = rates("dropout-uniform-literal", eps)
+    assert LITERAL_LEAST_KEEP <= found.min() < found.max() <= 1 - eps
+    above = found[found > LITERAL_LEAST_KEEP]
+    assert stats.kstest(above, stats.uniform(LITERAL_LEAST_KEEP, 1 - eps - LITERAL_LEAST_KEEP).cdf).pvalue > 0.001
+    clipped = len(found) - len(above)
+    assert stats.binomtest(clipped, len(found), LITERAL_LEAST_KEEP / (1 - eps)).pvalue > 0.001
+
+
+def test_both_readings_turn_the_same_draws_into_rates():
+    kept, literal = (rates(pretraining, 0.1, 50) for pretraining in RANDOM)
+    np.testing.assert_array_equal(literal, np.maximum(1 - kept, LITERAL_LEAST_KEEP))
+
+
+def test_eps_one_leaves_a_single_rate():
+    assert set(rates("dropout-uniform", 1.0, 20)) == {1.0}
+    assert set(rates("dropout-uniform-literal", 1.0, 20)) == {LITERAL_LEAST_KEEP}
+
+
+def test_fixed_rates_draw_nothing():
+    generator = seeded()
+    before = generator.get_state()
+    assert keep_rates("none", None, generator) is None
+    rate = keep_rates("dropout-0.5", None, generator)
+    assert [rate() for _ in range(3)] == [0.5] * 3
+    assert torch.equal(generator.get_state(), before)
+
+
+@given(st.floats(0.05, 0.99), st.integers(0, 2**32))
+def test_an_entry_is_dropped_or_divided_by_the_rate(keep, seed):
+    h = torch.randn(8, 9, generator=seeded(seed))
+    found = dropped(h, keep, seeded(seed + 1))
+    torch.testing.assert_close(found, torch.where(found == 0, 0, h / keep))
+
+
+@pytest.mark.parametrize("keep", [0.1, 0.5, 0.9])
+def test_entries_are_kept_independently_with_the_rate_and_their_mean_stays(keep):
+    draws, h = 3000, torch.linspace(-2, 3, 12)
+    found = dropped(h.expand(draws, 12), keep, seeded()).double().numpy()
+    kept = found != 0
+    assert stats.binomtest(int(kept.sum()), kept.size, keep).pvalue > 0.001
+    error = h.abs().numpy() * np.sqrt((1 - keep) / keep / draws)
+    z = (found.mean(0) - h.numpy()) / error
+    assert stats.chi2.sf((z**2).sum(), len(z)) > 0.001
+    correlations = np.corrcoef(kept.T)[np.triu_indices(12, 1)] * np.sqrt(draws)
+    assert stats.chi2.sf((correlations**2).sum(), len(correlations)) > 0.001
+
+
+def test_keeping_everything_returns_the_same_tensor_and_draws_nothing():
+    h, generator = torch.randn(3, 4), seeded()
+    before = generator.get_state()
+    assert dropped(h, 1, generator) is h
+    assert dropped(h, 1.0, generator) is h
+    assert torch.equal(generator.get_state(), before)
+
+
+def test_the_gradient_reaches_kept_entries_only():
+    h = torch.ones(50, 4, requires_grad=True)
+    found = dropped(h, 0.25, seeded())
+    found.sum().backward()
+    assert torch.equal(h.grad, found.detach())
+    assert set(h.grad.unique().tolist()) == {0.0, 4.0}
+
+
+@pytest.mark.parametrize("keep", [0, -0.5, 1.5, float("nan")])
+def test_a_rate_of_keeping_outside_its_range_is_refused(keep):
+    with pytest.raises(UsageError, match=rf"^keep probability {keep} is outside \(0, 1\]$"):
+        dropped(torch.ones(2, 2), keep, seeded())
+
+
+@pytest.mark.parametrize("pretraining", RANDOM)
+@pytest.mark.parametrize("eps", [None, 0, -0.1, 1.1, float("nan")])
+def test_random_rates_need_eps_in_its_range(pretraining, eps):
+    said = rf"^{pretraining} needs eps, the least rate, in \(0, 1\], not {eps}$"
+    with pytest.raises(UsageError, match=said):
+        check(pretraining, eps)
+    with pytest.raises(UsageError, match=said):
+        keep_rates(pretraining, eps, seeded())
+
+
+@pytest.mark.parametrize("pretraining", FIXED)
+def test_eps_where_no_rate_is_random_is_refused(pretraining):
+    said = f"^eps=0.1 goes with random dropout rates only, not with '{pretraining}'$"
+    with pytest.raises(UsageError, match=said):
+        check(pretraining, 0.1)
+    with pytest.raises(UsageError, match=said):
+        keep_rates(pretraining, 0.1, seeded())
+
+
+def test_an_unknown_pretraining_lists_the_known_ones():
+    with pytest.raises(UsageError, match=f"^unknown pretraining 'dropout'; known: {', '.join(sorted(PRETRAINING))}$"):
+        check("dropout", None)
+
+
+@pytest.mark.parametrize("hidden", [(), (5,), (6, 5)])
+def test_scores_at_rate_one_are_the_targets(hidden):
+    target, x = MLP(4, hidden, 3), torch.randn(7, 4)
+    assert torch.equal(scores_with_dropout(target, x, 1.0, seeded()), target(x))
+
+
+def test_scores_follow_the_generator():
+    target, x = MLP(4, (16, 16), 3), torch.randn(7, 4)
+    first, second, other = (scores_with_dropout(target, x, 0.5, seeded(seed)) for seed in (0, 0, 1))
+    assert torch.equal(first, second)
+    assert not torch.equal(first, other)
+
+
+def identity(layers, width=8):
+    """A network whose hidden layers and scores repeat a positive input."""
+    target = MLP(width, (width,) * layers, width)
+    with torch.no_grad():
+        for layer in target.linears:
+            layer.weight.copy_(torch.eye(width))
+            layer.bias.zero_()
+    return target
+
+
+@pytest.mark.parametrize("layers", [0, 1, 2, 3])
+def test_every_hidden_layer_is_dropped_and_the_input_never(layers):
+    x = torch.rand(1000, 8, generator=seeded()) + 1
+    scores = scores_with_dropout(identity(layers), x, 0.5, seeded(1))
+    kept = scores != 0
+    torch.testing.assert_close(scores, x * kept * 2**layers)
+    assert stats.binomtest(int(kept.sum()), kept.numel(), 0.5**layers).pvalue > 0.001
+
+
+def test_scores_equal_a_loop_over_layers_with_the_same_draws():
+    target, x = MLP(4, (6, 5), 3, "tanh"), torch.randn(7, 4)
+    noise, h = seeded(), x
+    for layer in target.linears[:-1]:
+        h = dropped(torch.tanh(layer(h)), 0.3, noise)
+    torch.testing.assert_close(scores_with_dropout(target, x, 0.3, seeded()), target.linears[-1](h))
