@@ -61,6 +61,7 @@ lab: setup ## open JupyterLab on the start page
 
 bench: setup ## measure speed on this machine
 	$(BIN)/condcomp bench store
+	$(BIN)/condcomp bench training
 
 lock: setup ## write requirements.lock anew from pyproject.toml, for all platforms
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --extra dev --no-annotate --no-header \

@@ -158,8 +158,10 @@ def runs(
     if csv:
         typer.echo(found.to_csv(index=False), nl=False)
         return
-    columns = ["study", "recipe", "dataset", "architecture", "target_seed", "accuracy", "seconds", "current"]
-    typer.echo(found[columns].to_string(index=False) if len(found) else f"no runs in {store.folder}")
+    columns = ["study", "recipe", "dataset", "architecture", "pretraining", "decision", "target_seed", "policy_seed",
+               "accuracy", "activity", "seconds", "current"]  # fmt: skip
+    shown = found[columns].to_string(index=False, na_rep="", float_format="{:.3f}".format)
+    typer.echo(shown if len(found) else f"no runs in {store.folder}")
     for name in names:
         lacking, total = len(studies.missing(name, profile)), len(studies.get(name).specs(profile))
         typer.echo(f"{name}: {total - lacking} of {total} runs stored" + (f", {lacking} missing" if lacking else ""))

@@ -34,9 +34,6 @@ class TrainingError(CondcompError):
         super().__init__(message)
         self.state = state or {}
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (type(self), (str(self), self.state))
-
 
 @dataclass(frozen=True)
 class Fitted:
@@ -71,8 +68,10 @@ def plan(
         raise unknown("schedule", schedule, SCHEDULES)
     if optimiser not in OPTIMISERS:
         raise unknown("optimiser", optimiser, OPTIMISERS)
-    if not learning_rate > 0:
-        raise UsageError(f"the learning rate must be above 0, not {learning_rate}")
+    if not 0 < learning_rate < math.inf:
+        raise UsageError(f"the learning rate must be a number above 0, not {learning_rate}")
+    if patience is not None and patience < 1:
+        raise UsageError(f"patience must be at least one epoch, or None, not {patience}")
     return {
         "optimiser": optimiser,
         "learning_rate": learning_rate,
@@ -102,6 +101,8 @@ def fit(
 
     Raises TrainingError, with the step named and the last good epoch's weights in it, when the loss is no number.
     """
+    if keep not in ("best", "last"):
+        raise unknown("epoch to keep", keep, ("best", "last"))
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimiser = OPTIMISERS[settings["optimiser"]](weights, settings["learning_rate"])
     steps = settings["max_epochs"] * math.ceil(examples / settings["batch"])
@@ -113,13 +114,14 @@ def fit(
             value = loss(rows)
             if not math.isfinite(value.item()):
                 model.load_state_dict(good)
-                what = f"the loss became {value.item()} at epoch {epoch}, step {step}"
-                remedy = f"lower the learning rate ({settings['learning_rate']}) or check the inputs"
-                raise TrainingError(f"{what}; the weights after epoch {epoch - 1} are kept; {remedy}", good)
+                raise _stopped(f"the loss became {value.item()} at epoch {epoch}, step {step}", epoch, settings, good)
             optimiser.zero_grad(set_to_none=True)
             value.backward()
             optimiser.step()
             schedule.step()
+        if not all(weight.isfinite().all() for weight in weights):  # the last step's loss was still a number
+            model.load_state_dict(good)
+            raise _stopped(f"a weight is no number after epoch {epoch}", epoch, settings, good)
         good = copy.deepcopy(model.state_dict())
         curve.append(score())
         if not best_epoch or curve[-1] > curve[best_epoch - 1]:
@@ -129,3 +131,8 @@ def fit(
     state, chosen = (best, best_epoch) if keep == "best" else (good, len(curve))
     model.load_state_dict(state)
     return Fitted(state, curve, chosen)
+
+
+def _stopped(what: str, epoch: int, settings: Mapping[str, Any], good: State) -> TrainingError:
+    remedy = f"lower the learning rate ({settings['learning_rate']}) or check the inputs"
+    return TrainingError(f"{what}; the weights after epoch {epoch - 1} are kept; {remedy}", good)

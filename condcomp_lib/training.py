@@ -3,7 +3,9 @@
 A trained target or control lies in the artefact cache under its spec and is trained once.
 """
 
+import dataclasses
 import functools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -160,6 +162,9 @@ def policy_plan(
     """
     check_tau(tau)
     Reinforce(baseline)
+    for name, value in (("lambda_s", lambda_s), ("lambda_v", lambda_v)):
+        if not 0 <= value < math.inf:
+            raise UsageError(f"{name} must be a number of at least 0, not {value}")
     estimator = {"estimator": "reinforce", "baseline": baseline}
     return {**estimator, "tau": tau, "lambda_s": lambda_s, "lambda_v": lambda_v, **plan(**training)}
 
@@ -173,7 +178,7 @@ def train_policy(
     cache_bytes: int = CACHE_BYTES,
     progress: str | None = None,
 ) -> PolicyCurve:
-    """Train the policy of `lazy` in place by REINFORCE on the loss of the lazy network; the target stays as it is.
+    """Train the policy of `lazy` in place by REINFORCE on the loss of the lazy network; the target is frozen.
 
     The cost of an example is its negative log likelihood under the sampled mask; lambda_s (L_b + L_e) + lambda_v L_v is
     added and follows its own gradient. The policy of the last epoch is kept: an epoch chosen by accuracy alone would be
@@ -181,11 +186,13 @@ def train_policy(
 
     Arguments: `settings` as from `policy_plan`; `generator` shuffles (masks are drawn by the lazy network's decision).
     """
-    lazy.target.requires_grad_(False)
     estimator = Reinforce(settings["baseline"])
-    if len(data.train) % settings["batch"] == 1 and settings["baseline"] in ("mean", "leave-one-out"):
+    needs = [f"baseline {settings['baseline']!r}"] if settings["baseline"] in ("mean", "leave-one-out") else []
+    needs += ["L_v"] if settings["lambda_v"] else []
+    if len(data.train) % settings["batch"] == 1 and needs:
         raise UsageError(f"{len(data.train)} examples in batches of {settings['batch']} leave a last batch of one, for "
-                         f"which baseline {settings['baseline']!r} says nothing; choose another batch")  # fmt: skip
+                         f"which {needs[0]} says nothing; choose another batch")  # fmt: skip
+    lazy.target.requires_grad_(False)
     x, y = torch.from_numpy(data.train.x), torch.from_numpy(data.train.y)
     first = first_layer(lazy.target, x, cache_bytes)
     curve = PolicyCurve([], [])
@@ -251,12 +258,15 @@ def control_width(target: MLP, wanted: float) -> int:
     def error(width: int) -> float:
         return abs(sum(multiply_adds([inputs, *[width] * len(target.hidden), classes])) - wanted)
 
-    return min(range(1, max(target.hidden) + 1), key=error)
+    most = max(target.hidden)
+    while error(2 * most) < error(most):  # a lazy network that evaluates almost everything costs more than its target
+        most *= 2
+    return min(range(1, 2 * most), key=error)
 
 
 def obtain_control(
     target: MLP,
-    target_spec: RunSpec,
+    trained: Record,
     wanted: float,
     data: Dataset,
     artefacts: RunStore,
@@ -269,24 +279,24 @@ def obtain_control(
     It learns from labels and from the target's scores in equal parts (softened by TEMPERATURE), and keeps the epoch
     with the best validation accuracy. From the artefact cache, or trained now.
 
-    Arguments: `target_spec` the run that trained `target`; `wanted` the lazy network's measured multiply-adds, policy
+    Arguments: `trained` the record of `target`; `wanted` the lazy network's measured multiply-adds, policy
     included (`LazyNetwork.cost(mask).total_multiply_adds`); `seed` of weights and shuffling; `training` as for `plan`.
     """
     settings = {
         "dataset": data.name,
-        "target": target_spec.name,
+        "target": trained.name,
         "architecture": f"{len(target.hidden)}x{control_width(target, wanted)}",
-        "activation": target_spec.settings["activation"],
+        "activation": trained.spec.settings["activation"],
         "target_seed": seed,
         **plan(**training),
     }
     spec = RunSpec("controls", CONTROL_RECIPE, settings)
-    compute = functools.partial(_distil, target=target, data=data)
+    compute = functools.partial(_distil, target=target, trained=trained, data=data)
     record = _shelf(artefacts, data).obtain(spec, compute)
     return _restored(build(spec, data), record), record
 
 
-def _distil(spec: RunSpec, target: MLP, data: Dataset) -> Outcome:
+def _distil(spec: RunSpec, target: MLP, trained: Record, data: Dataset) -> Outcome:
     """Train the control of `spec` on the labels and on the scores of `target`."""
     model = build(spec, data)
     x, y = torch.from_numpy(data.train.x), torch.from_numpy(data.train.y)
@@ -300,7 +310,7 @@ def _distil(spec: RunSpec, target: MLP, data: Dataset) -> Outcome:
 
     shuffling = torch.Generator().manual_seed(spec.settings["target_seed"])
     fitted = fit(model, loss, lambda: accuracy(model, data.valid), len(x), spec.settings, shuffling)
-    return _outcome(model, fitted, data)
+    return dataclasses.replace(_outcome(model, fitted, data), uses={"target": trained.cite()})
 
 
 def _hits(scores: Tensor, split: Split) -> float:

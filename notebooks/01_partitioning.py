@@ -69,8 +69,8 @@ settings = {
     "pretraining": "none",
     "target_seed": 0,
 }
-target_spec = targets.target_of(settings)
-target, trained = obtain_target(target_spec, data, RunStore(paths.artefacts(profile)))
+artefacts = RunStore(paths.artefacts(profile))
+target, trained = obtain_target(targets.target_of(settings), data, artefacts)
 print(f"hidden layers {target.hidden}, test accuracy {trained.result['test_accuracy']:.3f}")
 
 # %% [markdown]
@@ -141,7 +141,9 @@ print(f"mean cost {costs.mean():.2f}, gradient {tuple(gradient.shape)} of the po
 plan = policy_plan(tau=tau, **partitioning.POLICY["digits"])
 curve = train_policy(lazy, data, plan, torch.Generator().manual_seed(0))
 for epoch in (1, 5, 10, 20):
-    shown = f"accuracy {curve.accuracy[epoch - 1]:.2f}, activity {curve.activity[epoch - 1]:.2f}"
+    shown = (
+        f"accuracy {curve.accuracy[epoch - 1]:.2f}, activity {curve.activity[epoch - 1]:.2f}"
+    )
     print(f"epoch {epoch:2}: {shown} on validation digits")
 
 # %% [markdown]
@@ -189,10 +191,10 @@ print(f"compute: {matched.compute(found.mask):.3f} of the target's multiply-adds
 # %%
 control, record = obtain_control(
     target,
-    target_spec,
+    trained,
     cost.total_multiply_adds,
     data,
-    RunStore(paths.artefacts(profile)),
+    artefacts,
     **targets.TRAINING["digits"],
 )
 print(f"control: {control.hidden} wide, test accuracy {record.result['test_accuracy']:.3f}")
@@ -314,7 +316,9 @@ display(Markdown(tables.markdown(rows[["claim", "source", "found", "holds if", "
 
 # %%
 overview = tables.compact(pd.DataFrame(studies.overview()))
-here = overview[overview.item.str.startswith("partitions, Section 5") & (overview.ours != "not yet")]
+here = overview[
+    overview.item.str.startswith("partitions, Section 5") & (overview.ours != "not yet")
+]
 display(Markdown(tables.markdown(here)))
 
 # %% [markdown]

@@ -74,7 +74,7 @@ def mean_and_variance(task, baseline):
     return mean, (probabilities * (found - mean) ** 2).sum()
 
 
-def sampled(task, baseline, minibatches=3000):
+def sampled(task, baseline, minibatches=1500):
     logits = (task.x @ task.weights.T).expand(minibatches, -1, -1)
     masks = Sample(torch.Generator().manual_seed(1))(logits, 0)
     places = 2 ** torch.arange(masks.shape[2] - 1, -1, -1)

@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from condcomp_lib import datasets, training
 from condcomp_lib.datasets import Split
 from condcomp_lib.errors import UsageError
-from condcomp_lib.fitting import OPTIMISERS, TrainingError, fit, plan
+from condcomp_lib.fitting import OPTIMISERS, SCHEDULES, TrainingError, fit, plan
 from condcomp_lib.lazy import LazyNetwork, evaluate
 from condcomp_lib.partitions import make_partition
 from condcomp_lib.policies import Policy, Sample
@@ -161,6 +161,14 @@ def test_every_epoch_sees_every_example_once_in_another_order():
     orders = [torch.cat(steps.rows[start : start + 3]) for start in (0, 3, 6)]
     assert all(order.sort().values.tolist() == list(range(10)) for order in orders)
     assert len({tuple(order.tolist()) for order in orders}) == 3
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_schedule_sets_the_rate_of_every_step(schedule):
+    steps = Steps()
+    steps.fit([0.0] * 3, epochs=3, schedule=schedule)
+    factors = [SCHEDULES[schedule](6)(step) for step in range(6)]
+    assert steps.after == pytest.approx([-0.25 * sum(factors[: 2 * epoch]) for epoch in range(4)])
 
 
 def test_weights_without_gradients_stay():
@@ -323,6 +331,15 @@ def test_a_large_lambda_moves_activity_to_tau(tau, trained, data):
     assert curve.activity[-1] == pytest.approx(tau, abs=0.05)
 
 
+def test_the_policy_of_the_last_epoch_is_kept_where_an_earlier_one_was_more_accurate(trained, data):
+    lazy = lazy_net(trained)
+    settings = policy_settings(epochs=5, tau=0.1, lambda_s=5.0, learning_rate=0.0007, schedule="constant")
+    curve = train_policy(lazy, data, settings, seeded())
+    best = curve.accuracy.index(max(curve.accuracy))
+    assert curve.activity[best] > curve.activity[-1] + 0.1
+    assert judged(lazy, data.valid)[2] == pytest.approx(curve.activity[-1], abs=0.03)
+
+
 def test_lambda_v_makes_decisions_differ_between_examples(trained, data):
     varying = []
     for lambda_v in (0.0, 5.0):
@@ -448,7 +465,7 @@ def test_a_control_is_trained_once_and_has_the_compute_of_the_lazy_network(train
     assert control.hidden == (width, width)
     assert dense(trained, width - 1) < wanted < dense(trained, width + 1)
     assert accuracy(control, data.test) == record.result["test_accuracy"] > 0.5
-    assert record.result["valid_accuracy"] == max(record.result["learning_curve"])
+    assert accuracy(control, data.valid) == record.result["valid_accuracy"] == max(record.result["learning_curve"])
     assert record.spec.settings["target"] == TARGET.name
 
     monkeypatch.setattr(training, "_distil", lambda *given, **named: pytest.fail("trained again"))
