@@ -52,8 +52,13 @@ TARGET = target_spec("digits", "2x32", target_seed=0, epochs=8, batch=64, learni
 
 
 @pytest.fixture(scope="module")
-def trained(data, tmp_path_factory):
-    return obtain_target(TARGET, data, RunStore(tmp_path_factory.mktemp("artefacts")))[0]
+def obtained(data, tmp_path_factory):
+    return obtain_target(TARGET, data, RunStore(tmp_path_factory.mktemp("artefacts")))
+
+
+@pytest.fixture(scope="module")
+def trained(obtained):
+    return obtained[0]
 
 
 def small(**settings):
@@ -102,9 +107,9 @@ def test_a_target_with_random_rates_needs_eps_and_others_refuse_it():
         ({"batch": -1}, "^epochs and batch must be at least 1, not 20 and -1$"),
         ({"schedule": "step"}, "^unknown schedule 'step'; known: constant, cosine$"),
         ({"optimiser": "lbfgs"}, "^unknown optimiser 'lbfgs'; known: adam, momentum, rmsprop, sgd$"),
-        ({"learning_rate": 0}, "^the learning rate must be above 0, not 0$"),
-        ({"learning_rate": -0.1}, "^the learning rate must be above 0, not -0.1$"),
-        ({"learning_rate": math.nan}, "^the learning rate must be above 0, not nan$"),
+        ({"learning_rate": 0}, "^the learning rate must be a number above 0, not 0$"),
+        ({"learning_rate": -0.1}, "^the learning rate must be a number above 0, not -0.1$"),
+        ({"learning_rate": math.nan}, "^the learning rate must be a number above 0, not nan$"),
     ],
 )
 def test_bad_plans_are_refused(settings, said):
@@ -457,28 +462,30 @@ def test_the_control_of_the_whole_targets_cost_has_its_width(inputs, width, laye
 CONTROL = {"epochs": 4, "batch": 64, "learning_rate": 0.01}
 
 
-def test_a_control_is_trained_once_and_has_the_compute_of_the_lazy_network(trained, data, tmp_path, monkeypatch):
+def test_a_control_is_trained_once_and_has_the_compute_of_the_lazy_network(
+    obtained, trained, data, tmp_path, monkeypatch
+):
     store, lazy = RunStore(tmp_path), lazy_net(trained)
     wanted = lazy.cost(evaluate(lazy, torch.from_numpy(data.valid.x)).mask).total_multiply_adds
-    control, record = obtain_control(trained, TARGET, wanted, data, store, **CONTROL)
+    control, record = obtain_control(*obtained, wanted, data, store, **CONTROL)
     width = control.hidden[0]
     assert control.hidden == (width, width)
     assert dense(trained, width - 1) < wanted < dense(trained, width + 1)
     assert accuracy(control, data.test) == record.result["test_accuracy"] > 0.5
     assert accuracy(control, data.valid) == record.result["valid_accuracy"] == max(record.result["learning_curve"])
-    assert record.spec.settings["target"] == TARGET.name
+    assert record.spec.settings["target"] == record.provenance["uses"]["target"]["name"] == TARGET.name
 
     monkeypatch.setattr(training, "_distil", lambda *given, **named: pytest.fail("trained again"))
-    again, cached = obtain_control(trained, TARGET, wanted, data, store, **CONTROL)
+    again, cached = obtain_control(*obtained, wanted, data, store, **CONTROL)
     assert cached == record
     assert not again.training
     assert same(control.state_dict(), again.state_dict())
 
 
-def test_controls_follow_their_seed(trained, data, tmp_path):
+def test_controls_follow_their_seed(obtained, trained, data, tmp_path):
     wanted = 0.3 * dense(trained, 32)
     runs = [
-        obtain_control(trained, TARGET, wanted, data, RunStore(tmp_path / name), seed=seed, **CONTROL)[1]
+        obtain_control(*obtained, wanted, data, RunStore(tmp_path / name), seed=seed, **CONTROL)[1]
         for name, seed in (("a", 0), ("b", 0), ("b", 1))
     ]
     assert runs[0].result == runs[1].result
@@ -486,24 +493,24 @@ def test_controls_follow_their_seed(trained, data, tmp_path):
     assert runs[1].result != runs[2].result
 
 
-def test_each_target_has_its_own_controls_and_they_learn_from_its_scores(trained, data, tmp_path):
+def test_each_target_has_its_own_controls_and_they_learn_from_its_scores(obtained, trained, data, tmp_path):
     store, wanted = RunStore(tmp_path), 0.5 * dense(trained, 32)
     other_spec = target_spec("digits", "2x32", target_seed=1, epochs=1, batch=64)
-    other, _ = obtain_target(other_spec, data, store)
-    one, record = obtain_control(trained, TARGET, wanted, data, store, **CONTROL)
-    two, other_record = obtain_control(other, other_spec, wanted, data, store, **CONTROL)
+    other, other_target = obtain_target(other_spec, data, store)
+    one, record = obtain_control(*obtained, wanted, data, store, **CONTROL)
+    two, other_record = obtain_control(other, other_target, wanted, data, store, **CONTROL)
     assert record.name != other_record.name
     assert one.hidden == two.hidden
     assert not same(one.state_dict(), two.state_dict())
-    smaller = obtain_control(trained, TARGET, 0.6 * wanted, data, store, **CONTROL)[0]
+    smaller = obtain_control(*obtained, 0.6 * wanted, data, store, **CONTROL)[0]
     assert smaller.hidden < one.hidden
     assert len(list(store.folder.glob(f"{data.checksum}/controls/*.json"))) == 3
 
 
 def test_a_control_does_not_change_its_target(data, tmp_path):
     spec = target_spec("digits", "8", target_seed=0, epochs=1)
-    target, _ = obtain_target(spec, data, RunStore(tmp_path))
+    target, trained = obtain_target(spec, data, RunStore(tmp_path))
     before = copy.deepcopy(target.state_dict())
-    obtain_control(target, spec, 300, data, RunStore(tmp_path), epochs=1)
+    obtain_control(target, trained, 300, data, RunStore(tmp_path), epochs=1)
     assert same(before, target.state_dict())
     assert all(weight.grad is None for weight in target.parameters())
