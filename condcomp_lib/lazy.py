@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from condcomp_lib.errors import UsageError, unknown
 from condcomp_lib.partitions import Partition
-from condcomp_lib.policies import Decision, Policy, Threshold, asked_by_gate, level_for
+from condcomp_lib.policies import Decision, Policy, Sample, Threshold, asked_by_gate, level_for
 from condcomp_lib.targets import MLP
 
 RESCALES = ("none", "activity", "sigma")
@@ -32,7 +32,8 @@ class Cost:
     """Means over examples of what one example costs when it is evaluated alone.
 
     `neurons` by hidden layer; `multiply_adds` and `bytes` (float32 weights and biases that are read) by weight layer;
-    `policy_multiply_adds` and `policy_bytes` by gate. Biases are no multiply-adds; pooling counts one for each feature.
+    `policy_multiply_adds` and `policy_bytes` by gate. Biases and rescaling are no multiply-adds; pooling counts one for
+    each feature.
     """
 
     neurons: tuple[float, ...]
@@ -60,7 +61,8 @@ class LazyNetwork(nn.Module):
 
     Arguments: `decision` turns the policy's logits into bits; `rescale` what kept activations are multiplied with:
     "none" nothing; "activity" one over the share of the layer's neurons that this example evaluates (how inverted
-    dropout was trained); "sigma" one over the probability of their bit (so that sampling leaves the mean unchanged).
+    dropout was trained); "sigma" one over the probability of their bit (so that sampling leaves the mean
+    unchanged; other decisions are not random and are left as they are).
 
     Raises UsageError when the parts do not fit one another or the target's weights are not finite.
     """
@@ -117,7 +119,7 @@ class LazyNetwork(nn.Module):
         """The activations of a hidden layer after its mask, rescaled."""
         gate, groups = min(index, len(masks) - 1), self.partition.membership[index]
         factors = masks[gate].to(h.dtype)
-        if self.rescale == "sigma":
+        if self.rescale == "sigma" and isinstance(self.decision, Sample):
             factors = factors / logits[gate].detach().sigmoid().clamp(min=LEAST_SIGMA)
         elif self.rescale == "activity":
             share = factors @ torch.bincount(groups, minlength=factors.shape[1]).to(h.dtype) / len(groups)

@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from condcomp_lib import manifest
 from condcomp_lib.runs import Record
@@ -121,9 +122,9 @@ def digit(image: np.ndarray, title: str, ax: Axes | None = None) -> Axes:
 
 
 def over_epochs(groups: Mapping[str, np.ndarray], ax: Axes | None = None, x: Sequence[float] | None = None) -> Axes:
-    """One line per label, every run as a thin line behind the mean; `groups` maps a label to values (runs x points).
+    """One line per label, every run as a thin line behind the mean.
 
-    `x` are the points' positions; by default epochs 1, 2, ...
+    `groups` maps a label to values (runs x points); `x` are the points' positions, by default epochs 1, 2, ...
     """
     ax = ax or plt.subplots()[1]
     colours = (GREY, BLUE, VERMILION, ORANGE, GREEN, PURPLE, SKY)
@@ -132,6 +133,7 @@ def over_epochs(groups: Mapping[str, np.ndarray], ax: Axes | None = None, x: Seq
         for run in values:
             ax.plot(points, run, color=colour, alpha=0.35, linewidth=0.7)
         ax.plot(points, values.mean(0), color=colour, linewidth=1.8, label=label)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     return ax
 
 
@@ -144,27 +146,22 @@ def accuracy_ratios(
     """
     ax = ax or plt.subplots()[1]
     looks = {
-        "lazy, sample": (VERMILION, "o", 0.24), "control, sample": (VERMILION, "|", 0.24),
-        "lazy, calibrated": (BLUE, "o", -0.08), "control, calibrated": (BLUE, "|", -0.08),
+        "sample": (VERMILION, 0.3), "calibrated 25%": (BLUE, 0.02), "calibrated 35%": (GREEN, -0.26),
     }  # fmt: skip
     for index, (kind, series) in enumerate(rows.items()):
-        for name, (colour, marker, offset) in looks.items():
-            if name not in series:
-                continue
-            values, height = series[name], -index + offset
-            size = 4.5 if marker == "o" else 10
-            label = name if index == 0 else None
-            ax.plot(
-                values, np.full(len(values), height), marker, color=colour, markersize=size, alpha=0.75, label=label
-            )
-            if marker == "o":
-                share = f"{100 * np.mean(series[name.replace('lazy', 'activity')]):.0f}% active"
-                ax.text(values.min() - 0.012, height, share, ha="right", va="center", fontsize=8, color=colour)
+        for decision, (colour, offset) in looks.items():
+            values, control = series[f"lazy, {decision}"], series[f"control, {decision}"]
+            height = np.full(len(values), offset - index)
+            name = None if index else decision
+            ax.plot(values, height, "o", color=colour, markersize=4.5, alpha=0.75, label=name and f"lazy, {name}")
+            ax.plot(control, height, "|", color=colour, markersize=10, label=name and f"control, {name}")
+            share = f"{100 * np.mean(series[f'activity, {decision}']):.0f}% active"
+            ax.text(values.min() - 0.012, height[0], share, ha="right", va="center", fontsize=8, color=colour)
         if kind in published:
-            ax.plot(published[kind], -index - 0.33, "D", color="black", markersize=5,
+            ax.plot(published[kind], offset - index, "D", color="black", markersize=5,
                     label=None if any(k in published for k in list(rows)[:index]) else "published")  # fmt: skip
     ax.axvline(1, color=GREY, linewidth=0.8, linestyle=":")
-    ax.set_yticks([-index for index in range(len(rows))], list(rows))
+    ax.set_yticks([-index for index in range(len(rows))], [kind.replace(", ", "\n", 1) for kind in rows])
     ax.set(xlabel="accuracy / the target's accuracy", ylim=(-len(rows) + 0.4, 0.6), xlim=(0, 1.06))
     ax.grid(axis="y", visible=False)
     return ax

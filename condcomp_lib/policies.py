@@ -32,7 +32,7 @@ class Pool:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Pooled images (float32, examples x outputs) of `x` (float32, examples x inputs)."""
-        return avg_pool2d(x.view(-1, *self.shape), self.size).flatten(1)
+        return avg_pool2d(x.reshape(-1, *self.shape), self.size).flatten(1)
 
 
 class Policy(nn.Module):
@@ -100,6 +100,21 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Blind:
+    """Bits drawn at fixed rates whatever the input: the same groups as often, without a policy. What one must beat.
+
+    `rates` float (groups) in [0, 1] for each gate.
+    """
+
+    rates: tuple[Tensor, ...]
+    generator: torch.Generator
+
+    def __call__(self, logits: Tensor, gate: int) -> Tensor:
+        """See `Decision`; of the logits only the shape matters."""
+        return torch.rand(logits.shape, generator=self.generator) < self.rates[gate]
+
+
+@dataclass(frozen=True)
 class Threshold:
     """A bit is set where its logit lies above the gate's level (one level for each gate)."""
 
@@ -125,7 +140,10 @@ class Budget:
 
     @classmethod
     def of(cls, activity: float | Sequence[float], partition: Partition, policy: Policy) -> "Budget":
-        """As many groups as come nearest to the asked activity (one share, or one for each gate), at least one."""
+        """The number of groups nearest to the asked share of them (one share, or one for each gate), at least one.
+
+        Where groups differ in size, the activity in neurons differs from it.
+        """
         asked = asked_by_gate(activity, len(policy.gates))
         return cls(tuple(max(1, round(share * partition.groups)) for share in asked))
 

@@ -8,7 +8,7 @@ import pandas as pd
 from condcomp_lib import paths, reproduce, studies, tables
 from condcomp_lib.errors import CondcompError
 from condcomp_lib.files import write_atomically
-from condcomp_lib.studies import partitioning, start
+from condcomp_lib.studies import lazy_results, start
 
 
 class StaleReadme(CondcompError):
@@ -51,7 +51,7 @@ def blocks() -> dict[str, str]:
     times = json.loads((paths.root() / "data" / "timings.json").read_text(encoding="utf-8"))
     return {
         "targets": tables.markdown(tables.frame(start.summary(records))),
-        "lazy": tables.markdown(tables.frame(partitioning.summary(studies.records("partitioning", "paper")), 2)),
+        "lazy": tables.markdown(tables.frame(lazy_results.summary(studies.records("partitioning", "paper")), 2)),
         "items": tables.markdown(pd.DataFrame(studies.items())),
         "answered": (
             f"**How far it is**: notebooks so far: {', '.join(reproduce.names())}; {answered} of {len(rows)} published "

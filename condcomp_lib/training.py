@@ -21,6 +21,7 @@ from condcomp_lib.errors import UsageError, unknown
 from condcomp_lib.estimators import Reinforce, log_probability
 from condcomp_lib.fitting import Fitted, fit, plan
 from condcomp_lib.lazy import LazyNetwork, evaluate
+from condcomp_lib.policies import Sample
 from condcomp_lib.runs import Outcome, Record, RunSpec, RunStore
 from condcomp_lib.sparsity import check_tau, sparsity_loss
 from condcomp_lib.targets import ACTIVATIONS, MLP, hidden_widths, multiply_adds
@@ -192,6 +193,9 @@ def train_policy(
     if len(data.train) % settings["batch"] == 1 and needs:
         raise UsageError(f"{len(data.train)} examples in batches of {settings['batch']} leave a last batch of one, for "
                          f"which {needs[0]} says nothing; choose another batch")  # fmt: skip
+    if not isinstance(lazy.decision, Sample):
+        raise UsageError(f"REINFORCE learns from sampled masks, not from a {type(lazy.decision).__name__}; give it a "
+                         "lazy network that decides by Sample")  # fmt: skip
     lazy.target.requires_grad_(False)
     x, y = torch.from_numpy(data.train.x), torch.from_numpy(data.train.y)
     first = first_layer(lazy.target, x, cache_bytes)
@@ -236,7 +240,7 @@ def obtain_policy(spec: RunSpec, lazy: LazyNetwork, data: Dataset, artefacts: Ru
 def first_layer(target: MLP, x: Tensor, most_bytes: int) -> Tensor | None:
     """The first layer's pre-activations of `x` (float32, examples x neurons); None where they take more bytes.
 
-    Training a policy on a frozen target needs them in every epoch, and they are two thirds of the target's work.
+    Training a policy on a frozen target needs them in every epoch, and they are most of a target's work on images.
     """
     layer = target.linears[0]
     if len(x) * layer.out_features * x.element_size() > most_bytes:

@@ -40,7 +40,7 @@ from condcomp_lib.partitions import make_partition
 from condcomp_lib.policies import Policy, Sample
 from condcomp_lib.runs import RunStore
 from condcomp_lib.sparsity import sparsity_loss
-from condcomp_lib.studies import partitioning, targets
+from condcomp_lib.studies import lazy_results, partitioning, targets
 from condcomp_lib.training import obtain_control, obtain_target, policy_plan, train_policy
 
 plots.use_style()
@@ -239,7 +239,7 @@ display(Markdown(tables.markdown(table.drop(columns="minutes a run"))))
 
 # %%
 records = studies.records("partitioning", profile)
-learning = partitioning.learning(records)
+learning = lazy_results.learning(records)
 fig, axes = plt.subplots(1, 2, figsize=(10, 3.6))
 plots.over_epochs({kind: accuracy for kind, (accuracy, _) in learning.items()}, axes[0])
 plots.over_epochs({kind: 100 * activity for kind, (_, activity) in learning.items()}, axes[1])
@@ -256,7 +256,7 @@ plt.show()
 
 # %%
 published = partitioning.published_ratios() if profile == "paper" else {}
-ratios = partitioning.ratios(records)
+ratios = lazy_results.ratios(records)
 fig, ax = plt.subplots(figsize=(10, 1.0 + 0.72 * len(ratios)))
 plots.accuracy_ratios(ratios, published, ax)
 fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=5)
@@ -264,7 +264,7 @@ plots.save_figure(fig, "partitioning_ratios", records, profile)
 plt.show()
 
 # %% tags=["nbval-check-output"]
-table = tables.frame(partitioning.summary(records))
+table = tables.frame(lazy_results.summary(records))
 tables.save_table(table, "partitioning_table", records, profile)
 display(Markdown(tables.markdown(table)))
 
@@ -278,7 +278,7 @@ display(Markdown(tables.markdown(table)))
 # Each dot is one group of one run: its share of the neurons, and how often the policy evaluates it.
 
 # %%
-firing = partitioning.firing(records)
+firing = lazy_results.firing(records)
 columns = min(3, len(firing))
 lines = -(-len(firing) // columns)
 fig, axes = plt.subplots(
@@ -294,7 +294,7 @@ plots.save_figure(fig, "partitioning_groups", records, profile)
 plt.show()
 
 # %% tags=["nbval-check-output"]
-table = tables.frame(partitioning.group_summary(records))
+table = tables.frame(lazy_results.group_summary(records))
 tables.save_table(table, "partitioning_group_table", records, profile)
 display(Markdown(tables.markdown(table)))
 

@@ -116,9 +116,10 @@ def audit(name: str, profile: str, *, sample: int, artefacts: RunStore, seed: in
 
     def tolerance(record: Record) -> dict[str, Any]:
         others = [r for r in known if r.name != record.name and _but_for_seeds(r.spec) == _but_for_seeds(record.spec)]
+        fields = [field for field in study.audited if field in record.result]
         if len(others) < 2:
-            return {field: np.full(np.shape(record.result[field]), 0.05) for field in study.audited}
-        spread = {field: np.std([other.result[field] for other in others], axis=0, ddof=1) for field in study.audited}
+            return {field: np.full(np.shape(record.result[field]), 0.05) for field in fields}
+        spread = {field: np.std([other.result[field] for other in others], axis=0, ddof=1) for field in fields}
         return {field: np.clip(4 * math.sqrt(2) * deviation, 0.005, 0.05) for field, deviation in spread.items()}
 
     return sweep.audit(known, compute, tolerance, sample=sample, seed=seed)

@@ -210,6 +210,8 @@ def claims(records: Sequence[Record]) -> list[Claim]:
             ("robust", "a random quarter of its neurons keeps more of its accuracy than without dropout",
              "partitions, 4.1", _differences(group, base, KEPT.index(0.25))),
         ):  # fmt: skip
+            if (dataset, end) == ("digits", "accuracy"):  # 360 digits are too few to tell such differences
+                continue
             id = f"targets.{end}.{dataset}.{eps}"
             found.append(judge(id, source, f"{net}: {what}", stats.interval(difference), above=0.0))
     return found
