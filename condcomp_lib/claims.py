@@ -23,7 +23,10 @@ class ChangedVerdict(CondcompError):
 
 @dataclass(frozen=True)
 class Claim:
-    """One assertion with its evidence: `source` is an id of `published.csv` or "ours", `rule` the test in words."""
+    """One assertion with its evidence.
+
+    `source` is an id of `published.csv`, a paper's section, or "ours"; `rule` the test in words.
+    """
 
     id: str
     source: str

@@ -128,11 +128,12 @@ def over_epochs(groups: Mapping[str, np.ndarray], ax: Axes | None = None, x: Seq
     """
     ax = ax or plt.subplots()[1]
     colours = (GREY, BLUE, VERMILION, ORANGE, GREEN, PURPLE, SKY)
-    for (label, values), colour in zip(groups.items(), colours, strict=False):
+    for index, (label, values) in enumerate(groups.items()):
+        colour, line = colours[index % len(colours)], "-" if index < len(colours) else "--"
         points = np.arange(1, values.shape[1] + 1) if x is None else np.asarray(x)
         for run in values:
-            ax.plot(points, run, color=colour, alpha=0.35, linewidth=0.7)
-        ax.plot(points, values.mean(0), color=colour, linewidth=1.8, label=label)
+            ax.plot(points, run, line, color=colour, alpha=0.35, linewidth=0.7)
+        ax.plot(points, values.mean(0), line, color=colour, linewidth=1.8, label=label)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     return ax
 
@@ -140,7 +141,7 @@ def over_epochs(groups: Mapping[str, np.ndarray], ax: Axes | None = None, x: Seq
 def accuracy_ratios(
     rows: Mapping[str, Mapping[str, np.ndarray]], published: Mapping[str, float], ax: Axes | None = None
 ) -> Axes:
-    """Accuracy ratios of lazy networks and their controls, one band for each kind of target, every run as a point.
+    """Accuracy ratios of lazy networks, blind draws and controls, one band for each kind of target, all runs as points.
 
     `rows` maps a kind to its series (name to one number a run); `published` maps a kind to the paper's ratio.
     """
@@ -150,19 +151,28 @@ def accuracy_ratios(
     }  # fmt: skip
     for index, (kind, series) in enumerate(rows.items()):
         for decision, (colour, offset) in looks.items():
-            values, control = series[f"lazy, {decision}"], series[f"control, {decision}"]
+            values, blind, control = (series[f"{what}, {decision}"] for what in ("lazy", "blind", "control"))
             height = np.full(len(values), offset - index)
             name = None if index else decision
             ax.plot(values, height, "o", color=colour, markersize=4.5, alpha=0.75, label=name and f"lazy, {name}")
+            ax.plot(blind, height, "x", color=GREY, markersize=4, label=None if name != "sample" else "blind draw")
             ax.plot(control, height, "|", color=colour, markersize=10, label=name and f"control, {name}")
             share = f"{100 * np.mean(series[f'activity, {decision}']):.0f}% active"
-            ax.text(values.min() - 0.012, height[0], share, ha="right", va="center", fontsize=8, color=colour)
+            ax.text(
+                min(values.min(), blind.min()) - 0.012,
+                height[0],
+                share,
+                ha="right",
+                va="center",
+                fontsize=8,
+                color=colour,
+            )
         if kind in published:
             ax.plot(published[kind], offset - index, "D", color="black", markersize=5,
                     label=None if any(k in published for k in list(rows)[:index]) else "published")  # fmt: skip
     ax.axvline(1, color=GREY, linewidth=0.8, linestyle=":")
     ax.set_yticks([-index for index in range(len(rows))], [kind.replace(", ", "\n", 1) for kind in rows])
-    ax.set(xlabel="accuracy / the target's accuracy", ylim=(-len(rows) + 0.4, 0.6), xlim=(0, 1.06))
+    ax.set(xlabel="accuracy / the target's accuracy", ylim=(-len(rows) + 0.4, 0.6), xlim=(0, 1.12))
     ax.grid(axis="y", visible=False)
     return ax
 

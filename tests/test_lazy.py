@@ -170,6 +170,12 @@ def test_a_group_without_neurons_in_a_layer_leaves_scores_finite(scope):
         assert evaluate(lazy, inputs(50)).scores.isfinite().all()
 
 
+@pytest.mark.parametrize("scope", ["network", "layer"])
+def test_rescaling_by_sigma_leaves_decisions_that_are_not_random_as_they_are(scope):
+    lazy, x = lazy_network(scope, "sigma"), inputs(20)
+    assert torch.equal(always(lazy, -math.inf)(x), lazy.target(x))
+
+
 def test_rescaling_by_sigma_leaves_the_mean_over_masks_unchanged():
     lazy = lazy_network("network", "sigma", hidden=(12,))
     with torch.no_grad():

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from condcomp_lib import datasets, published, studies
-from condcomp_lib.runs import RunStore
+from condcomp_lib.runs import Record, RunSpec, RunStore
 from condcomp_lib.studies import lazy_results, partitioning, targets
 from condcomp_lib.training import build
 
@@ -106,3 +106,22 @@ def test_published_ratios_stand_beside_kinds_of_the_run_table():
     known = {lazy_results.label(kind) for kind in partitioning.KINDS["paper"]}
     assert set(partitioning.published_ratios()) <= known
     assert sorted(partitioning.published_ratios().values()) == [0.273, 0.858]
+
+
+def record(target_seed, policy_seed, **result):
+    seeds = {"target_seed": target_seed, "policy_seed": policy_seed, "control": "control_ratio" in result}
+    return Record(RunSpec("toy", 1, seeds), result, {})
+
+
+def test_runs_are_paired_by_their_seeds_whatever_their_order_and_number():
+    ours = [record(t, p, accuracy=0.1 * t + 0.01 * p + 0.5) for t, p in ((0, 0), (1, 0), (2, 1))]
+    theirs = [record(t, p, accuracy=0.1 * t + 0.01 * p) for t, p in ((2, 1), (0, 0), (3, 0))]
+    gain = lazy_results.gains(ours, theirs, lambda result: result["accuracy"])
+    assert (gain.estimate, gain.n) == (pytest.approx(0.5), 2)
+    assert lazy_results.gains(ours[1:2], theirs, lambda result: result["accuracy"]) is None
+
+
+def test_runs_without_a_control_are_left_out_of_its_numbers():
+    group = [record(0, 0, control_ratio=0.9), record(0, 1), record(1, 0, control_ratio=0.8)]
+    assert lazy_results.over_controls(group, lambda result: result["control_ratio"]).n == 2
+    assert lazy_results.over_controls(group[1:2], lambda result: result["control_ratio"]) is None

@@ -12,7 +12,7 @@ from scipy import stats
 
 from condcomp_lib.errors import UsageError
 from condcomp_lib.partitions import make_partition
-from condcomp_lib.policies import Budget, Policy, Pool, Sample, Threshold, asked_by_gate, level_for
+from condcomp_lib.policies import Blind, Budget, Policy, Pool, Sample, Threshold, asked_by_gate, level_for
 
 
 def seeded(seed=0):
@@ -277,3 +277,15 @@ def test_large_groups_weigh_more():
     logits, sizes = torch.tensor([[2.0, 1.0]]), torch.tensor([1, 9])
     assert (logits > level_for(logits, sizes, 0.3)).tolist() == [[True, False]]
     assert (logits > level_for(logits, sizes, 0.6)).tolist() == [[True, True]]
+
+
+def test_blind_draws_come_at_their_rates_whatever_the_input():
+    rates, count = torch.tensor([0.0, 0.1, 0.5, 1.0]), 20_000
+    mask = Blind((rates,), seeded())(normal(count, 4), 0)
+    assert not mask[:, 0].any()
+    assert mask[:, 3].all()
+    hits = mask[:, 1:3].sum(0).numpy()
+    expected = np.array([0.1, 0.5]) * count
+    spread = np.sqrt(expected * (1 - np.array([0.1, 0.5])))
+    assert (np.abs(hits - expected) < 4 * spread).all()
+    assert torch.equal(mask, Blind((rates,), seeded())(torch.full((count, 4), 1e9), 0))

@@ -17,9 +17,9 @@ from condcomp_lib import datasets, training
 from condcomp_lib.datasets import Split
 from condcomp_lib.errors import UsageError
 from condcomp_lib.fitting import OPTIMISERS, SCHEDULES, TrainingError, fit, plan
-from condcomp_lib.lazy import LazyNetwork, evaluate
+from condcomp_lib.lazy import LazyNetwork, decided_by, evaluate
 from condcomp_lib.partitions import make_partition
-from condcomp_lib.policies import Policy, Sample
+from condcomp_lib.policies import Policy, Sample, Threshold
 from condcomp_lib.pretraining import PRETRAINING
 from condcomp_lib.runs import RunStore
 from condcomp_lib.targets import MLP, multiply_adds
@@ -343,6 +343,13 @@ def test_the_policy_of_the_last_epoch_is_kept_where_an_earlier_one_was_more_accu
     best = curve.accuracy.index(max(curve.accuracy))
     assert curve.activity[best] > curve.activity[-1] + 0.1
     assert judged(lazy, data.valid)[2] == pytest.approx(curve.activity[-1], abs=0.03)
+
+
+def test_reinforce_refuses_masks_that_are_not_sampled(trained, data):
+    lazy = lazy_net(trained)
+    fixed = decided_by(lazy, Threshold.at(0.5, lazy.policy))
+    with pytest.raises(UsageError, match="REINFORCE learns from sampled masks, not from a Threshold"):
+        train_policy(fixed, data, policy_settings(), seeded())
 
 
 def test_lambda_v_makes_decisions_differ_between_examples(trained, data):

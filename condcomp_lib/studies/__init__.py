@@ -126,8 +126,10 @@ def audit(name: str, profile: str, *, sample: int, artefacts: RunStore, seed: in
 
 
 def _but_for_seeds(spec: RunSpec) -> dict[str, Any]:
-    """The settings that two repetitions share: all but the seeds and the names of runs that carry seeds themselves."""
-    return {key: value for key, value in spec.settings.items() if not key.endswith("_seed") and key != "target"}
+    """The settings that two repetitions share: all but the seeds, the names of runs that carry seeds themselves, and
+    whether a control is trained."""
+    own = ("target", "control")
+    return {key: value for key, value in spec.settings.items() if not key.endswith("_seed") and key not in own}
 
 
 @functools.lru_cache(maxsize=1)

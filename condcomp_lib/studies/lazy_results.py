@@ -34,7 +34,7 @@ def label(kind: Kind) -> str:
     'svhn 3x800, no dropout'
     """
     dataset, architecture, pretraining, eps, rescale = kind
-    ending = {"none": "", "activity": ", rescaled"}[rescale]
+    ending = {"none": "", "activity": ", rescaled"}.get(rescale, f", rescaled by 1/{rescale}")
     return f"{dataset} {architecture}, {targets.label(pretraining, eps)}{ending}"
 
 
@@ -69,6 +69,7 @@ def summary(records: Sequence[Record]) -> list[dict[str, Any]]:
                 "target accuracy": over_runs(group, lambda r: r["target_accuracy"]),
                 "lazy accuracy": over_runs(group, lambda r: r["accuracy"]),
                 "accuracy ratio": over_runs(group, lambda r: r["accuracy_ratio"]),
+                "blind ratio": over_runs(group, lambda r: r["blind_ratio"]),
                 "activity": over_runs(group, lambda r: r["activity"]),
                 "compute": over_runs(group, lambda r: r["compute"]),
                 "control width": width.format(0)
@@ -93,20 +94,21 @@ def group_summary(records: Sequence[Record]) -> list[dict[str, Any]]:
                 "neurons a group": float(np.mean(group[0].result["group_sizes"])),
                 "s.d. of sizes": over_runs(group, lambda r: np.std(r["group_sizes"])),
                 "largest group's share": over_runs(group, lambda r: largest(r)[0]),
-                "it is evaluated on": over_runs(group, lambda r: largest(r)[1]),
-                "average group on": over_runs(group, lambda r: np.mean(r["group_firing"])),
-                "s.d. between groups": over_runs(group, lambda r: np.std(r["group_firing"])),
+                "largest group evaluated on": over_runs(group, lambda r: largest(r)[1]),
+                "mean over groups": over_runs(group, lambda r: np.mean(r["group_firing"])),
+                "s.d. over groups": over_runs(group, lambda r: np.std(r["group_firing"])),
             }
         )
     return rows
 
 
 def ratios(records: Sequence[Record]) -> dict[str, dict[str, np.ndarray]]:
-    """For each kind the accuracy ratios of its runs, lazy and control, by decision; what the main figure shows."""
+    """For each kind the accuracy ratios of its runs (lazy, blind, control) and their activity, by decision."""
     found: dict[str, dict[str, np.ndarray]] = {}
     for (kind, decision), group in by_kind(records).items():
         rows = found.setdefault(label(kind), {})
         rows[f"lazy, {decision}"] = np.array([r.result["accuracy_ratio"] for r in group])
+        rows[f"blind, {decision}"] = np.array([r.result["blind_ratio"] for r in group])
         rows[f"control, {decision}"] = np.array([r.result.get("control_ratio", math.nan) for r in group])
         rows[f"activity, {decision}"] = np.array([r.result["activity"] for r in group])
     return found
@@ -133,3 +135,17 @@ def firing(records: Sequence[Record]) -> dict[str, tuple[np.ndarray, np.ndarray]
             rates = np.array([r.result["group_firing"] for r in group])
             found[label(kind)] = (sizes / sizes.sum(1, keepdims=True), rates)
     return found
+
+
+def gains(
+    group: Sequence[Record], base: Sequence[Record], value: Callable[[Mapping[str, Any]], float]
+) -> stats.Interval | None:
+    """`value` of each run less that of the run with the same seeds in `base`, with its interval; None without pairs."""
+
+    def by_seeds(records: Sequence[Record]) -> dict[tuple[int, int], Record]:
+        return {(r.spec.settings["target_seed"], r.spec.settings["policy_seed"]): r for r in records}
+
+    ours, theirs = by_seeds(group), by_seeds(base)
+    common = [seeds for seeds in ours if seeds in theirs]
+    differences = [value(ours[seeds].result) - value(theirs[seeds].result) for seeds in common]
+    return stats.interval(differences, clusters=[target for target, _ in common]) if common else None

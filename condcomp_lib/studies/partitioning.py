@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import operator
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,7 +20,7 @@ from condcomp_lib.policies import Blind, Policy, Sample
 from condcomp_lib.published import Answer
 from condcomp_lib.runs import Outcome, Record, RunSpec, RunStore
 from condcomp_lib.studies import targets
-from condcomp_lib.studies.lazy_results import SAMPLED, Kind, by_kind, label, over_controls, over_runs
+from condcomp_lib.studies.lazy_results import SAMPLED, Kind, by_kind, gains, label, over_controls, over_runs
 from condcomp_lib.targets import MLP
 from condcomp_lib.training import POLICY_RECIPE, accuracy, obtain_control, obtain_policy, obtain_target, policy_plan
 
@@ -174,39 +175,56 @@ def blindly(lazy: LazyNetwork, mask: Tensor, split: Split, seed: int) -> tuple[f
     return measured(decided_by(lazy, Blind(rates, torch.Generator().manual_seed(seed))), split, DRAWS)
 
 
+def setup(profile: str) -> str:
+    """One sentence on the run table."""
+    target_seeds, policy_seeds = SEEDS[profile]
+    epochs = max(POLICY[dataset]["epochs"] for dataset, *_ in KINDS[profile])
+    return (
+        f"{GROUPS} groups drawn at random, one policy on the raw input, REINFORCE for {epochs} epochs. Of each kind "
+        f"{target_seeds} targets, each cut {policy_seeds} time{'s' if policy_seeds > 1 else ''} with a policy for each "
+        f"cut: {target_seeds * policy_seeds} lazy networks."
+    )
+
+
 def answers(records: Sequence[Record]) -> list[Answer]:
-    """This study's numbers beside published ids: random partitions of 3x800 and 2x200."""
+    """This study's numbers beside published ids: random partitions of 3x800 and 2x200, on validation data as there."""
     groups = by_kind(records)
     place = {"notebook": "01_partitioning", "figure": "partitioning_table"}
     found = []
-    for kind, ids in ((PAPER, ("Ps52.15", "Ps52.02", "Ps52.03", "Ps52.04")), (SMALL, ("Ps52.17", "Ps52.12"))):
+    for kind, ids in ((PAPER, ("Ps52.15", "Ps52.02", "Ps52.03", "Ps52.04", "Ps5.01")), (SMALL, ("Ps52.17", "Ps52.12"))):
         group = groups.get((kind, SAMPLED), [])
         if not group:
             continue
-        activity = over_runs(group, lambda r: 100 * r["activity"]).format(0)
+        activity = over_runs(group, lambda r: 100 * r["valid_activity"])
         control = over_controls(group, lambda r: r["control_ratio"])
-        note = f"at {activity}% activity; control {control.format(2) if control else 'none yet'}; {targets.NO_EXTRA}"
+        note = f"validation data, {activity.format(0)}% activity; {targets.NO_EXTRA}"
+        note += f"; control of equal cost: ratio {control.format(2)}" if control else ""
         if kind == PAPER and (unscaled := groups.get((UNSCALED, AS_PUBLISHED))):
-            plain = over_runs(unscaled, lambda r: r["accuracy_ratio"])
-            note = f"kept activations rescaled, {note}; not rescaled, at 35%: ratio {plain.format(2)}"
+            ratio = over_runs(unscaled, lambda r: r["valid_accuracy"] / r["target_valid_accuracy"])
+            note = f"kept activations rescaled, {note}; not rescaled and held to 35%: ratio {ratio.format(2)}"
         numbers = (
-            ("accuracy_ratio", over_runs(group, lambda r: r["accuracy_ratio"])),
+            ("accuracy_ratio", over_runs(group, lambda r: r["valid_accuracy"] / r["target_valid_accuracy"])),
             ("validation_accuracy_percent", over_runs(group, lambda r: 100 * r["valid_accuracy"])),
-            ("activity_percent", over_runs(group, lambda r: 100 * r["valid_activity"])),
+            ("activity_percent", activity),
             ("sd_of_activity_by_partition_percent", over_runs(group, lambda r: 100 * np.std(r["group_firing"]))),
+            ("activity_percent", activity),
         )
-        found += [Answer(id, ours, metric, note, **place) for id, (metric, ours) in zip(ids, numbers, strict=False)]
+        notes = dict.fromkeys(ids, note) | {"Ps52.04": "on test data", "Ps5.01": "a choice: lambda_s aims at 35%"}
+        found += [
+            Answer(id, ours, metric, notes[id], **place) for id, (metric, ours) in zip(ids, numbers, strict=False)
+        ]
     return found
 
 
 def published_ratios() -> dict[str, float]:
-    """The paper's accuracy ratios by the label of the kind that stands beside them."""
+    """The paper's accuracy ratios by the label of the kinds that stand beside them."""
     rows = published.load()
-    return {label(kind): rows[id].value or math.nan for kind, id in ((PAPER, "Ps52.15"), (SMALL, "Ps52.17"))}
+    pairs = ((PAPER, "Ps52.15"), (UNSCALED, "Ps52.15"), (SMALL, "Ps52.17"))
+    return {label(kind): rows[id].value or math.nan for kind, id in pairs}
 
 
 def claims(records: Sequence[Record]) -> list[Claim]:
-    """Published levels, what dropout changes, the calibration, and the comparison with dense nets of equal compute."""
+    """Published levels, what dropout and the policy add, the calibration, and the comparison with equal compute."""
     groups = by_kind(records)
     found = []
     for (kind, decision), group in groups.items():
@@ -215,49 +233,67 @@ def claims(records: Sequence[Record]) -> list[Claim]:
         if gain is not None:
             statement = f"{label(kind)}, {decision}: the lazy network beats the dense net of equal compute"
             found.append(judge(f"partitioning.control.{end}", "ours", statement, gain, above=0.0))
+        gain = over_runs(group, lambda r: r["accuracy"] - r["blind_accuracy"])
+        statement = f"{label(kind)}, {decision}: the policy beats a blind draw of the same groups as often"
+        found.append(judge(f"partitioning.blind.{end}", "ours", statement, gain, above=0.0))
         asked = group[0].spec.settings["activity_asked"]
         if asked and kind[0] != "digits":  # 360 digits are too few to tell half a point
             miss = over_runs(group, lambda r, asked=asked: abs(r["activity"] - asked))  # type: ignore[misc]
             statement = f"{label(kind)}: {decision} on validation data is within half a point of that on test data"
             found.append(judge(f"partitioning.activity.{end}", "ours", statement, miss, below=0.005))
-    for kind, decision, beside, id in (
-        (PAPER, SAMPLED, PAPER, "Ps52.15"), (PAPER, AS_PUBLISHED, PAPER, "Ps52.15"),
-        (UNSCALED, AS_PUBLISHED, PAPER, "Ps52.15"), (SMALL, SAMPLED, SMALL, "Ps52.17"),
+    return found + _published_claims(groups)
+
+
+def _published_claims(groups: Mapping[tuple[Kind, str], Sequence[Record]]) -> list[Claim]:
+    found = []
+    for kind, decision, id in (
+        (PAPER, SAMPLED, "Ps52.15"), (PAPER, AS_PUBLISHED, "Ps52.15"), (UNSCALED, AS_PUBLISHED, "Ps52.15"),
+        (SMALL, SAMPLED, "Ps52.17"),
     ):  # fmt: skip
         if group := groups.get((kind, decision), []):
-            ratio, level = over_runs(group, lambda r: r["accuracy_ratio"]), published_ratios()[label(beside)]
-            statement = f"{label(kind)}, {decision}: as much of the target's accuracy as published, or more"
+            ratio = over_runs(group, lambda r: r["accuracy_ratio"])
+            activity = over_runs(group, lambda r: 100 * r["activity"]).estimate
+            statement = f"{label(kind)}, {decision}: the published share of the target's accuracy or more, with "
+            statement += f"{activity:.0f}% of the neurons"
             end = f"{kind[-1]}.{decision.replace(' ', '-')}"
-            found.append(judge(f"partitioning.{id}.{end}", id, statement, ratio, above=level))
-    for kind in (PAPER, UNSCALED):
-        group, plain = (groups.get((which, MATCHED), []) for which in (kind, PLAIN))
-        if group and len(group) == len(plain):
-            pairs = [a.result["accuracy_ratio"] - b.result["accuracy_ratio"] for a, b in zip(group, plain, strict=True)]
-            gain = stats.interval(pairs, clusters=[record.spec.settings["target_seed"] for record in group])
-            statement = f"{label(kind)}: at 25% activity it keeps more of its target than without dropout"
-            found.append(judge(f"partitioning.dropout.{kind[-1]}", "partitions, 4.1", statement, gain, above=0.0))
+            found.append(judge(f"partitioning.{id}.{end}", id, statement, ratio, above=published_ratios()[label(kind)]))
+    for kind, plain in ((PAPER, PLAIN_RESCALED), (UNSCALED, PLAIN)):
+        for field, what in (
+            ("accuracy_ratio", "keeps more of its target's accuracy"),
+            ("accuracy", "is more accurate"),
+        ):
+            gain = gains(groups.get((kind, MATCHED), []), groups.get((plain, MATCHED), []), operator.itemgetter(field))
+            if gain is not None:
+                statement = f"{label(kind)}: at 25% activity the lazy network {what} than without dropout"
+                id = f"partitioning.dropout.{kind[-1]}.{field}"
+                found.append(judge(id, "partitions, 4.1", statement, gain, above=0.0))
     return found
 
 
 def findings(records: Sequence[Record], trained: Sequence[Record]) -> str:
     """What the runs of this study and of the targets say, as a Markdown list with its numbers filled in."""
-    lines = [
-        f"- **{targets.label(pretraining, eps)}** ({architecture} on {dataset}, in full): test accuracy "
-        f"{stats.interval([record.result['accuracy'] for record in group])}."
-        for (dataset, architecture, pretraining, eps), group in targets.by_kind(trained).items()
-        if pretraining != "none"
-    ]
+    levels = (
+        f"{targets.label(pretraining, eps)} {stats.interval([record.result['accuracy'] for record in group])}"
+        for (_, architecture, pretraining, eps), group in targets.by_kind(trained).items()
+        if architecture in ("3x800", "2x64")
+    )
+    lines = [f"- **Targets in full**, test accuracy: {'; '.join(levels)}."]
     for (kind, decision), group in by_kind(records).items():
-        lazy, activity, compute = (
-            over_runs(group, lambda r, field=field: r[field]).format(2)  # type: ignore[misc]
-            for field in ("accuracy_ratio", "activity", "compute")
+        if decision != MATCHED:
+            continue
+        lazy, blind, compute = (
+            over_runs(group, operator.itemgetter(field)).format(2)
+            for field in ("accuracy_ratio", "blind_ratio", "compute")
         )
-        control = over_controls(group, lambda r: r["control_ratio"])
         lines.append(
-            f"- **{label(kind)}**, {decision}: {activity} of the neurons and {compute} of the multiply-adds keep "
-            f"{lazy} of the target's accuracy"
-            + (f"; a dense net of the same cost keeps {control.format(2)}." if control else ".")
+            f"- **{label(kind)}**: a quarter of the neurons, {compute} of the multiply-adds, keeps {lazy} of the "
+            f"target's accuracy; a blind draw of the same groups as often keeps {blind}."
         )
+    gaps = [r.result["accuracy"] - r.result["control_accuracy"] for r in records if r.spec.settings["control"]]
+    lines.append(
+        f"- **At equal compute** the lazy network is the more accurate one in {sum(gap > 0 for gap in gaps)} of "
+        f"{len(gaps)} comparisons with its dense control; the gap runs from {min(gaps):+.3f} to {max(gaps):+.3f}."
+    )
     return "\n".join(lines)
 
 
