@@ -168,7 +168,7 @@ def accuracy_ratios(
                 color=colour,
             )
         if kind in published:
-            ax.plot(published[kind], offset - index, "D", color="black", markersize=5,
+            ax.plot(published[kind], -0.47 - index, "D", color="black", markersize=5,
                     label=None if any(k in published for k in list(rows)[:index]) else "published")  # fmt: skip
     ax.axvline(1, color=GREY, linewidth=0.8, linestyle=":")
     ax.set_yticks([-index for index in range(len(rows))], [kind.replace(", ", "\n", 1) for kind in rows])

@@ -302,14 +302,16 @@ display(Markdown(tables.markdown(table)))
 
 # %%
 firing = lazy_results.firing(records)
-columns = min(3, len(firing))
+columns = min(4, len(firing))
 lines = -(-len(firing) // columns)
 fig, axes = plt.subplots(
-    lines, columns, figsize=(3.4 * columns, 2.6 * lines), sharey=True, squeeze=False
+    lines, columns, figsize=(3.1 * columns, 2.6 * lines), sharey=True, squeeze=False
 )
 for ax, (kind, (shares, rates)) in zip(axes.flat, firing.items(), strict=False):
     plots.group_use(shares, rates, ax)
-    ax.set_title(kind, fontsize=8.5)
+    ax.set_title(kind.replace(", ", "\n", 1), fontsize=8.5)
+for ax in axes.flat[len(firing) :]:
+    ax.set_visible(False)
 for ax in axes[:, 0]:
     ax.set_ylabel("evaluated on\n(% of test examples)")
 fig.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2)

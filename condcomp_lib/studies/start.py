@@ -19,7 +19,7 @@ from condcomp_lib.claims import Claim, judge
 from condcomp_lib.datasets import Dataset
 from condcomp_lib.published import Answer
 from condcomp_lib.runs import Outcome, Record, RunSpec, RunStore
-from condcomp_lib.studies.targets import NO_EXTRA, firing_rates, target_of
+from condcomp_lib.studies.targets import NO_EXTRA, files, firing_rates, target_of
 from condcomp_lib.targets import MLP, multiply_adds
 from condcomp_lib.training import obtain_target
 
@@ -161,7 +161,7 @@ def summary(records: Sequence[Record]) -> list[dict[str, Any]]:
     return [
         {
             "data set": dataset,
-            "files": _files(group),
+            "files": files(group),
             "architecture": architecture,
             "seeds": len(group),
             "accuracy": stats.interval(values(group, "accuracy")),
@@ -198,16 +198,11 @@ def answers(records: Sequence[Record]) -> list[Answer]:
     return found
 
 
-def _files(group: Sequence[Record]) -> str:
-    """Where the data of these runs come from; all of it, should copies be mixed."""
-    return " and ".join(sorted({record.provenance["data_note"] for record in group}))
-
-
 def _caveat(group: Sequence[Record]) -> str:
     """What a reader must know of these runs: the data's standing where it is not official, seeds still to come."""
-    files = _files(group)
+    standing = files(group)
     return "; ".join(
-        ([] if files == "official" else [f"{files} of the data"])
+        ([] if standing == "official" else [f"{standing} of the data"])
         + ([] if len(group) >= SEEDS["paper"] else [f"{len(group)} of {SEEDS['paper']} seeds so far"])
     )
 

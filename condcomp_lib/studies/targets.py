@@ -151,6 +151,7 @@ def summary(records: Sequence[Record]) -> list[dict[str, Any]]:
         rows.append(
             {
                 "data set": dataset,
+                "files": files(group),
                 "architecture": architecture,
                 "pretraining": label(pretraining, eps),
                 "seeds": len(group),
@@ -163,6 +164,11 @@ def summary(records: Sequence[Record]) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def files(group: Sequence[Record]) -> str:
+    """Where the data of these runs come from; all of it, should copies be mixed."""
+    return " and ".join(sorted({record.provenance["data_note"] for record in group}))
 
 
 def _interval(group: Sequence[Record], field: str) -> stats.Interval:
