@@ -147,7 +147,7 @@ def accuracy_ratios(
     """
     ax = ax or plt.subplots()[1]
     looks = {
-        "sample": (VERMILION, 0.3), "calibrated 25%": (BLUE, 0.02), "calibrated 35%": (GREEN, -0.26),
+        "sample": (VERMILION, 0.33), "calibrated 25%": (BLUE, 0.13), "calibrated 35%": (GREEN, -0.07),
     }  # fmt: skip
     for index, (kind, series) in enumerate(rows.items()):
         for decision, (colour, offset) in looks.items():
@@ -156,7 +156,8 @@ def accuracy_ratios(
             name = None if index else decision
             ax.plot(values, height, "o", color=colour, markersize=4.5, alpha=0.75, label=name and f"lazy, {name}")
             ax.plot(blind, height, "x", color=GREY, markersize=4, label=None if name != "sample" else "blind draw")
-            ax.plot(control, height, "|", color=colour, markersize=10, label=name and f"control, {name}")
+            if not np.isnan(control).all():
+                ax.plot(control, height, "|", color=colour, markersize=10, label=name and f"control, {name}")
             share = f"{100 * np.mean(series[f'activity, {decision}']):.0f}% active"
             ax.text(
                 min(values.min(), blind.min()) - 0.012,
@@ -168,7 +169,7 @@ def accuracy_ratios(
                 color=colour,
             )
         if kind in published:
-            ax.plot(published[kind], -0.47 - index, "D", color="black", markersize=5,
+            ax.plot(published[kind], -0.27 - index, "D", color="black", markersize=5,
                     label=None if any(k in published for k in list(rows)[:index]) else "published")  # fmt: skip
     ax.axvline(1, color=GREY, linewidth=0.8, linestyle=":")
     ax.set_yticks([-index for index in range(len(rows))], [kind.replace(", ", "\n", 1) for kind in rows])

@@ -81,7 +81,9 @@ example: int = 3  # which test digit to look at (0 to 359)
 
 # %%
 data = studies.dataset("digits")
-spec = start.target_of({"dataset": "digits", "architecture": "2x64", "target_seed": 0})
+spec = start.target_of(
+    {"dataset": "digits", "architecture": "2x64", "pretraining": "none", "target_seed": 0}
+)
 target, record = obtain_target(spec, data, RunStore(paths.artefacts("quick")))
 print(
     f"test accuracy {record.result['test_accuracy']:.3f} after {record.result['epochs']} epochs"
