@@ -178,7 +178,8 @@ def audit(
     from condcomp_lib.runs import RunStore
 
     disagreeing = 0
-    for name in [studies.get(study).name] if study else studies.NAMES:
+    stored = [name for name in studies.NAMES if studies.records(name, "paper", partial=True)]
+    for name in [studies.get(study).name] if study else stored or studies.NAMES:
         with tempfile.TemporaryDirectory(prefix="condcomp-audit-") as folder:
             rows = studies.audit(name, "paper", sample=sample, artefacts=RunStore(folder), seed=seed)
         for row in rows:
