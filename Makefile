@@ -59,7 +59,7 @@ browser: setup ## open JupyterLab in a real browser (skipped, with the reason, w
 lab: setup ## open JupyterLab on the start page
 	$(BIN)/jupyter lab notebooks/00_start_here.ipynb
 
-bench: setup ## measure speed on this machine
+bench: setup ## measure speed on this machine (the training benchmark needs SVHN)
 	$(BIN)/condcomp bench store
 	$(BIN)/condcomp bench training
 

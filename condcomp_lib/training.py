@@ -6,13 +6,13 @@ A trained target or control lies in the artefact cache under its spec and is tra
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, log_softmax, softmax
 
 from condcomp_lib import pretraining as dropout
@@ -128,12 +128,15 @@ def _outcome(model: MLP, fitted: Fitted, data: Dataset) -> Outcome:
 
 
 @torch.inference_mode()
-def predict(model: nn.Module, x: Tensor, batch: int = 2048) -> Tensor:
-    """Predicted classes (int64, examples) of inputs `x` (float32, examples x features), in minibatches."""
+def predict(model: Callable[[Tensor], Tensor], x: Tensor, batch: int = 2048) -> Tensor:
+    """Predicted classes (int64, examples) of inputs `x` (float32, examples x features), in minibatches.
+
+    `model` is a network, or any other function from inputs to scores.
+    """
     return torch.cat([model(part).argmax(1) for part in x.split(batch)])
 
 
-def accuracy(model: nn.Module, split: Split) -> float:
+def accuracy(model: Callable[[Tensor], Tensor], split: Split) -> float:
     """Share of the examples of `split` that `model` classifies correctly."""
     hits = predict(model, torch.from_numpy(split.x)) == torch.from_numpy(split.y)
     return hits.double().mean().item()

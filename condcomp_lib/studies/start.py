@@ -21,7 +21,7 @@ from condcomp_lib.published import Answer
 from condcomp_lib.runs import Outcome, Record, RunSpec, RunStore
 from condcomp_lib.studies.targets import NO_EXTRA, files, firing_rates, target_of
 from condcomp_lib.targets import MLP, multiply_adds
-from condcomp_lib.training import obtain_target
+from condcomp_lib.training import accuracy, obtain_target
 
 RECIPE = 1
 SHARES = (0.02, 0.05, 0.1, 0.15, 0.25, 0.5, 0.75, 1.0)  # of the neurons of every hidden layer
@@ -99,13 +99,7 @@ def skipped_accuracy(
     target: MLP, data: Dataset, share: float, rule: str, generator: torch.Generator | None = None
 ) -> float:
     """Test accuracy when only `share` of each hidden layer's neurons is evaluated (rules as in `skipped_scores`)."""
-    hits = [
-        skipped_scores(target, x, share, rule, generator).argmax(1) == y
-        for x, y in zip(
-            torch.from_numpy(data.test.x).split(2048), torch.from_numpy(data.test.y).split(2048), strict=True
-        )
-    ]
-    return torch.cat(hits).double().mean().item()
+    return accuracy(lambda x: skipped_scores(target, x, share, rule, generator), data.test)
 
 
 def by_network(records: Sequence[Record]) -> dict[tuple[str, str], list[Record]]:
