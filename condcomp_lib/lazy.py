@@ -162,11 +162,12 @@ class LazyNetwork(nn.Module):
 
 
 @torch.inference_mode()
-def evaluate(lazy: LazyNetwork, x: Tensor, batch: int = 2048) -> Evaluation:
-    """`lazy.evaluate` over many examples, in minibatches, without gradients."""
+def evaluate(lazy: LazyNetwork, x: Tensor, first: Tensor | None = None, batch: int = 2048) -> Evaluation:
+    """`lazy.evaluate` over many examples, in minibatches, without gradients (`first` as there)."""
     if not len(x):
         raise UsageError("there are no examples to evaluate")
-    parts = [lazy.evaluate(part) for part in x.split(batch)]
+    known = [None] * -(-len(x) // batch) if first is None else first.split(batch)
+    parts = [lazy.evaluate(part, done) for part, done in zip(x.split(batch), known, strict=True)]
     return Evaluation(*(torch.cat([getattr(part, name) for part in parts]) for name in ("scores", "mask", "logits")))
 
 

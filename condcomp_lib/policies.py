@@ -13,6 +13,8 @@ from condcomp_lib.errors import UsageError
 from condcomp_lib.partitions import Partition
 from condcomp_lib.targets import linear
 
+ALWAYS = 30.0  # the logit of a group that is always evaluated: sigma is exactly 1 in float32, its logarithm finite
+
 
 class Pool:
     """Average pooling of flattened images, so that a policy reads a smaller picture.
@@ -43,18 +45,23 @@ class Policy(nn.Module):
     the layer below after its own mask, the first one X or pooled X (*faster-models*).
 
     Arguments: `partition` whose groups are switched; `inputs` features of X; `pool` how X is made smaller (None: not);
-    `generator` draws the weights.
+    `generator` draws the weights; `always_on` gives group 0 of every gate a fixed logit, ALWAYS, whatever the input.
     """
 
     def __init__(
-        self, partition: Partition, inputs: int, pool: Pool | None = None, generator: torch.Generator | None = None
+        self,
+        partition: Partition,
+        inputs: int,
+        pool: Pool | None = None,
+        generator: torch.Generator | None = None,
+        always_on: bool = False,
     ) -> None:
         super().__init__()
         if pool is not None and pool.inputs != inputs:
             raise UsageError(f"the pool takes {pool.inputs} features, the input has {inputs}")
         first = pool.outputs if pool else inputs
         sources = [first, *partition.widths[:-1]] if partition.scope == "layer" else [first]
-        self.scope, self.pool = partition.scope, pool
+        self.scope, self.pool, self.always_on = partition.scope, pool, always_on
         self._gates = nn.ModuleList(linear(source, partition.groups, generator) for source in sources)
 
     @property
@@ -77,7 +84,10 @@ class Policy(nn.Module):
 
         Logits rather than probabilities, because sigma rounds to exactly 0 or 1 where a policy is sure.
         """
-        return self.gates[gate](self.pool(s) if self.pool and gate == 0 else s)
+        logits: Tensor = self.gates[gate](self.pool(s) if self.pool and gate == 0 else s)
+        if not self.always_on:
+            return logits
+        return torch.cat([torch.full_like(logits[:, :1], ALWAYS), logits[:, 1:]], 1)
 
 
 class Decision(Protocol):

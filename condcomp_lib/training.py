@@ -72,11 +72,11 @@ def obtain_target(spec: RunSpec, data: Dataset, artefacts: RunStore, progress: s
     The cache keeps what was trained on each copy of the data apart (by `data.checksum`), so that weights from an
     unofficial copy are never taken for those from the official files.
     """
-    record = _shelf(artefacts, data).obtain(spec, lambda wanted: train_target(wanted, data, progress))
+    record = shelf(artefacts, data).obtain(spec, lambda wanted: train_target(wanted, data, progress))
     return _restored(build(spec, data), record), record
 
 
-def _shelf(artefacts: RunStore, data: Dataset) -> RunStore:
+def shelf(artefacts: RunStore, data: Dataset) -> RunStore:
     """The part of the artefact cache for this copy of the data."""
     shelf = RunStore(artefacts.folder / data.checksum, artefacts.made_by)
     shelf.clean()
@@ -156,21 +156,26 @@ def policy_plan(
     tau: float = 0.25,
     lambda_s: float = 1.0,
     lambda_v: float = 0.0,
+    controller: float = 0.0,
     **training: Any,
 ) -> dict[str, Any]:
     """The settings of policy training, checked: REINFORCE's `baseline`, the sparsity target `tau` with the weights of
     L_b + L_e and L_v, and `training` as for `plan`.
+
+    With `controller` above 0, `lambda_s` is only where its weight starts: after each minibatch it is multiplied by
+    exp(controller * (activity - tau)), so that the share of neurons evaluated, not only of groups, comes to tau.
 
     >>> policy_plan(epochs=5)["tau"]
     0.25
     """
     check_tau(tau)
     Reinforce(baseline)
-    for name, value in (("lambda_s", lambda_s), ("lambda_v", lambda_v)):
+    for name, value in (("lambda_s", lambda_s), ("lambda_v", lambda_v), ("controller", controller)):
         if not 0 <= value < math.inf:
             raise UsageError(f"{name} must be a number of at least 0, not {value}")
     estimator = {"estimator": "reinforce", "baseline": baseline}
-    return {**estimator, "tau": tau, "lambda_s": lambda_s, "lambda_v": lambda_v, **plan(**training)}
+    sparsity = {"tau": tau, "lambda_s": lambda_s, "lambda_v": lambda_v}
+    return {**estimator, **sparsity, **({"controller": controller} if controller else {}), **plan(**training)}
 
 
 def train_policy(
@@ -179,6 +184,7 @@ def train_policy(
     settings: Mapping[str, Any],
     generator: torch.Generator,
     *,
+    first: Tensor | None = None,
     cache_bytes: int = CACHE_BYTES,
     progress: str | None = None,
 ) -> PolicyCurve:
@@ -188,36 +194,47 @@ def train_policy(
     added and follows its own gradient. The policy of the last epoch is kept: an epoch chosen by accuracy alone would be
     one of high activity. The first layer's pre-activations are computed once where they fit into `cache_bytes`.
 
-    Arguments: `settings` as from `policy_plan`; `generator` shuffles (masks are drawn by the lazy network's decision).
+    Arguments: `settings` as from `policy_plan`; `generator` shuffles (masks are drawn by the lazy network's decision);
+    `first` those pre-activations of the training data where they are known already, as from `first_layer`.
     """
-    estimator = Reinforce(settings["baseline"])
-    needs = [f"baseline {settings['baseline']!r}"] if settings["baseline"] in ("mean", "leave-one-out") else []
-    needs += ["L_v"] if settings["lambda_v"] else []
-    if len(data.train) % settings["batch"] == 1 and needs:
-        raise UsageError(f"{len(data.train)} examples in batches of {settings['batch']} leave a last batch of one, for "
-                         f"which {needs[0]} says nothing; choose another batch")  # fmt: skip
-    if not isinstance(lazy.decision, Sample):
-        raise UsageError(f"REINFORCE learns from sampled masks, not from a {type(lazy.decision).__name__}; give it a "
-                         "lazy network that decides by Sample")  # fmt: skip
+    check_learnable(lazy, len(data.train), settings)
     lazy.target.requires_grad_(False)
     x, y = torch.from_numpy(data.train.x), torch.from_numpy(data.train.y)
-    first = first_layer(lazy.target, x, cache_bytes)
-    curve = PolicyCurve([], [])
+    estimator, curve, lambda_s = Reinforce(settings["baseline"]), PolicyCurve([], []), settings["lambda_s"]
+    if first is None:
+        first = first_layer(lazy.target, x, cache_bytes)
+    first_valid = first_layer(lazy.target, torch.from_numpy(data.valid.x), cache_bytes)
 
     def loss(rows: Tensor) -> Tensor:
+        nonlocal lambda_s
         found = lazy.evaluate(x[rows], None if first is None else first[rows])
         costs = cross_entropy(found.scores, y[rows], reduction="none")
-        sparsity = sparsity_loss(found.logits.sigmoid(), settings["tau"], settings["lambda_s"], settings["lambda_v"])
+        sparsity = sparsity_loss(found.logits.sigmoid(), settings["tau"], lambda_s, settings["lambda_v"])
+        if "controller" in settings:
+            over = lazy.partition.activity(found.mask).mean().item() - settings["tau"]
+            lambda_s *= math.exp(settings["controller"] * over)
         return estimator.loss(costs, log_probability(found.logits, found.mask)) + sparsity
 
     def score() -> float:
-        found = evaluate(lazy, torch.from_numpy(data.valid.x))
-        curve.accuracy.append(_hits(found.scores, data.valid))
+        found = evaluate(lazy, torch.from_numpy(data.valid.x), first_valid)
+        curve.accuracy.append(hits(found.scores, data.valid))
         curve.activity.append(lazy.partition.activity(found.mask).mean().item())
         return curve.accuracy[-1]
 
     fit(lazy.policy, loss, score, len(x), settings, generator, keep="last", progress=progress)
     return curve
+
+
+def check_learnable(lazy: LazyNetwork, examples: int, settings: Mapping[str, Any]) -> None:
+    """Raise UsageError when REINFORCE with these settings could not train the policy of `lazy` on so many examples."""
+    needs = [f"baseline {settings['baseline']!r}"] if settings["baseline"] in ("mean", "leave-one-out") else []
+    needs += ["L_v"] if settings["lambda_v"] else []
+    if examples % settings["batch"] == 1 and needs:
+        raise UsageError(f"{examples} examples in batches of {settings['batch']} leave a last batch of one, for "
+                         f"which {needs[0]} says nothing; choose another batch")  # fmt: skip
+    if not isinstance(lazy.decision, Sample):
+        raise UsageError(f"REINFORCE learns from sampled masks, not from a {type(lazy.decision).__name__}; give it a "
+                         "lazy network that decides by Sample")  # fmt: skip
 
 
 def obtain_policy(spec: RunSpec, lazy: LazyNetwork, data: Dataset, artefacts: RunStore) -> Record:
@@ -234,7 +251,7 @@ def obtain_policy(spec: RunSpec, lazy: LazyNetwork, data: Dataset, artefacts: Ru
         result = {"accuracy_curve": curve.accuracy, "activity_curve": curve.activity, "epochs": len(curve.accuracy)}
         return Outcome(result, weights, {"note": data.note, "checksum": data.checksum})
 
-    record = _shelf(artefacts, data).obtain(spec, compute)
+    record = shelf(artefacts, data).obtain(spec, compute)
     lazy.policy.load_state_dict({name: torch.from_numpy(array) for name, array in record.arrays().items()})
     return record
 
@@ -299,7 +316,7 @@ def obtain_control(
     }
     spec = RunSpec("controls", CONTROL_RECIPE, settings)
     compute = functools.partial(_distil, target=target, trained=trained, data=data)
-    record = _shelf(artefacts, data).obtain(spec, compute)
+    record = shelf(artefacts, data).obtain(spec, compute)
     return _restored(build(spec, data), record), record
 
 
@@ -320,5 +337,6 @@ def _distil(spec: RunSpec, target: MLP, trained: Record, data: Dataset) -> Outco
     return dataclasses.replace(_outcome(model, fitted, data), uses={"target": trained.cite()})
 
 
-def _hits(scores: Tensor, split: Split) -> float:
+def hits(scores: Tensor, split: Split) -> float:
+    """Share of the examples of `split` for which `scores` (float32, examples x classes) are highest at their class."""
     return (scores.argmax(1) == torch.from_numpy(split.y)).double().mean().item()

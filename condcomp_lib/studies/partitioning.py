@@ -9,25 +9,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from condcomp_lib import published, stats, studies
 from condcomp_lib.claims import Claim, judge
-from condcomp_lib.datasets import Dataset, Split
-from condcomp_lib.lazy import LazyNetwork, calibrated, decided_by, evaluate
-from condcomp_lib.partitions import make_partition
-from condcomp_lib.policies import Blind, Policy, Sample
+from condcomp_lib.datasets import Dataset
+from condcomp_lib.lazy import LazyNetwork
+from condcomp_lib.partitions import Partition, make_partition
+from condcomp_lib.policies import Policy, Sample
 from condcomp_lib.published import Answer
 from condcomp_lib.runs import Outcome, Record, RunSpec, RunStore
 from condcomp_lib.studies import targets
 from condcomp_lib.studies.lazy_results import SAMPLED, Kind, by_kind, gains, label, over_controls, over_runs
+from condcomp_lib.studies.lazy_runs import DRAWS, deciding, measure
 from condcomp_lib.targets import MLP
 from condcomp_lib.training import POLICY_RECIPE, obtain_control, obtain_policy, obtain_target, policy_plan
 
 RECIPE = 1
 GROUPS = 16
 TAU = 0.25
-DRAWS = 3  # of the masks of every test example, where they are sampled
 # The targets of section 5.2. Whether kept activations were rescaled there, the paper does not say: PAPER is the reading
 # under which they are scaled as the target saw them in training, UNSCALED the other one.
 PAPER: Kind = ("svhn", "3x800", "dropout-uniform", 0.1, "activity")
@@ -102,13 +101,17 @@ def policy_of(settings: Mapping[str, Any]) -> RunSpec:
     return RunSpec("policies", POLICY_RECIPE, {key: value for key, value in settings.items() if key not in own})
 
 
-def untrained(settings: Mapping[str, Any], target: MLP, data: Dataset) -> LazyNetwork:
+def drawn(settings: Mapping[str, Any], target: MLP) -> Partition:
+    """The random partition of these settings."""
+    drawing = torch.Generator().manual_seed(1000 * settings["target_seed"] + settings["partition_seed"])
+    return make_partition("random", target.hidden, settings["groups"], drawing, settings["scope"])
+
+
+def untrained(settings: Mapping[str, Any], target: MLP, data: Dataset, partition: Partition) -> LazyNetwork:
     """The lazy network of these settings before its policy is trained; it decides by sampling."""
-    target_seed, partition_seed, policy_seed = (settings[f"{name}_seed"] for name in ("target", "partition", "policy"))
-    drawing = torch.Generator().manual_seed(1000 * target_seed + partition_seed)
-    partition = make_partition(settings["partitioner"], target.hidden, settings["groups"], drawing, settings["scope"])
-    starting = torch.Generator().manual_seed(1_000_000 + 1000 * target_seed + policy_seed)
-    policy = Policy(partition, data.train.x.shape[1], generator=starting)
+    starting = torch.Generator().manual_seed(1_000_000 + 1000 * settings["target_seed"] + settings["policy_seed"])
+    always_on = settings["partitioner"] == "always-on"
+    policy = Policy(partition, data.train.x.shape[1], generator=starting, always_on=always_on)
     return LazyNetwork(target, partition, policy, Sample(starting), settings["rescale"])
 
 
@@ -117,42 +120,17 @@ def compute(spec: RunSpec, artefacts: RunStore) -> Outcome:
     settings = spec.settings
     data = studies.dataset(settings["dataset"])
     target, trained = obtain_target(targets.target_of(settings), data, artefacts)
-    lazy = untrained(settings, target, data)
+    lazy = untrained(settings, target, data, drawn(settings, target))
     learned = obtain_policy(policy_of(settings), lazy, data, artefacts)
     started = time.perf_counter()
-    if settings["decision"] == "calibrated":
-        lazy = calibrated(lazy, torch.from_numpy(data.valid.x), settings["activity_asked"])
-    else:
-        lazy.decision = Sample(torch.Generator().manual_seed(settings["policy_seed"]))
-    valid, test = (measured(lazy, split, settings["decision_draws"]) for split in (data.valid, data.test))
-    cost = lazy.cost(test[1])
-    blind = blindly(lazy, valid[1], data.test, settings["policy_seed"])
+    result = measure(deciding(lazy, settings, data), settings, data, trained)
     seconds = time.perf_counter() - started
-    full = trained.result["test_accuracy"]
-    result: dict[str, Any] = {
-        "target_accuracy": full,
-        "accuracy": test[0],
-        "accuracy_ratio": test[0] / full,
-        "valid_accuracy": valid[0],
-        "blind_accuracy": blind[0],
-        "blind_ratio": blind[0] / full,
-        "blind_activity": lazy.partition.activity(blind[1]).mean().item(),
-        "target_valid_accuracy": trained.result["valid_accuracy"],
-        "activity": lazy.partition.activity(test[1]).mean().item(),
-        "valid_activity": lazy.partition.activity(valid[1]).mean().item(),
-        "activity_by_layer": [n / width for n, width in zip(cost.neurons, target.hidden, strict=True)],
-        "compute": cost.total_multiply_adds / lazy.target_cost().total_multiply_adds,
-        "bytes_share": cost.total_bytes / lazy.target_cost().total_bytes,
-        "group_sizes": lazy.partition.sizes.tolist(),
-        "group_firing": test[1].double().mean(0).tolist(),
-        "epochs": learned.result["epochs"],
-        "accuracy_curve": learned.result["accuracy_curve"],
-        "activity_curve": learned.result["activity_curve"],
-    }
+    wanted, full = result.pop("multiply_adds"), trained.result["test_accuracy"]
+    result |= {key: learned.result[key] for key in ("epochs", "accuracy_curve", "activity_curve")}
     used = {"target": trained.cite(), "policy": learned.cite()}
     if settings["control"]:
         control, distilled = obtain_control(
-            target, trained, cost.total_multiply_adds, data, artefacts,
+            target, trained, wanted, data, artefacts,
             seed=settings["target_seed"], **targets.TRAINING[settings["dataset"]],
         )  # fmt: skip
         result["control_width"] = control.hidden[0]
@@ -160,20 +138,6 @@ def compute(spec: RunSpec, artefacts: RunStore) -> Outcome:
         result["control_ratio"] = distilled.result["test_accuracy"] / full
         used["control"] = distilled.cite()
     return Outcome(result, None, {"note": data.note, "checksum": data.checksum}, used, seconds)
-
-
-def measured(lazy: LazyNetwork, split: Split, draws: int) -> tuple[float, Tensor]:
-    """Accuracy on `split`, a mean over `draws` evaluations, and all their masks (bool, draws * examples x bits)."""
-    x, y = torch.from_numpy(split.x), torch.from_numpy(split.y)
-    found = [evaluate(lazy, x) for _ in range(draws)]
-    hits = torch.stack([evaluation.scores.argmax(1) == y for evaluation in found])
-    return hits.double().mean().item(), torch.cat([evaluation.mask for evaluation in found])
-
-
-def blindly(lazy: LazyNetwork, mask: Tensor, split: Split, seed: int) -> tuple[float, Tensor]:
-    """As `measured`, when every group is drawn as often as in `mask` (bool, examples x bits), whatever the input."""
-    rates = mask.float().mean(0).split(lazy.partition.groups)
-    return measured(decided_by(lazy, Blind(rates, torch.Generator().manual_seed(seed))), split, DRAWS)
 
 
 def setup(profile: str) -> str:

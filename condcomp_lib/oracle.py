@@ -1,0 +1,58 @@
+"""The oracle: which groups contribute most, read off the full computation; the ceiling of any learned policy."""
+
+import itertools
+
+import torch
+from torch import Tensor
+
+from condcomp_lib.partitions import Partition
+from condcomp_lib.policies import Policy, Pool
+from condcomp_lib.targets import MLP
+
+TINY = 1e-12  # the logarithm of a group without a contribution stays finite
+
+
+class Oracle(Policy):
+    """A "policy" that computes everything and ranks the groups by their contribution: an upper rung, not a method.
+
+    The contribution of a group of a layer is the length of what it adds to the next layer's pre-activations,
+    | sum_{i in H_j} h_i w_i |, w_i the outgoing weights of neuron i, as a share of the sum over the groups; the logit
+    is its logarithm. In scope "layer" a gate reads the layer below after its own mask, as a policy would; in scope
+    "network" contributions come from the full network and are added over the layers. With one neuron a group it ranks
+    single neurons.
+
+    Costs are counted as those of the linear gates that a policy in its place would have (`pool` as for `Policy`).
+
+    Arguments: `target` and `partition` of the lazy network it decides for.
+    """
+
+    def __init__(self, target: MLP, partition: Partition, pool: Pool | None = None) -> None:
+        super().__init__(partition, target.linears[0].in_features, pool)
+        self.target, self.partition = target, partition
+
+    def logits(self, gate: int, s: Tensor) -> Tensor:
+        """Logarithms of the contributions (float32, examples x groups); see the class."""
+        if self.scope == "layer":
+            return self._shares(gate, self._activations(gate, s)).clamp(min=TINY).log()
+        shares, h = torch.zeros(len(s), self.partition.groups), s
+        for layer in range(len(self.target.hidden)):
+            h = self._activations(layer, h)
+            shares = shares + self._shares(layer, h)
+        return shares.clamp(min=TINY).log()
+
+    def _activations(self, layer: int, s: Tensor) -> Tensor:
+        return self.target.activation(self.target.linears[layer](s))
+
+    def _shares(self, layer: int, h: Tensor) -> Tensor:
+        added = self._added(layer, h)
+        return added / added.sum(1, keepdim=True).clamp(min=TINY)
+
+    def _added(self, layer: int, h: Tensor) -> Tensor:
+        """| sum_{i in H_j} h_i w_i | (float32, examples x groups) of the neurons of a layer that are at `h`."""
+        above, groups = self.target.linears[layer + 1].weight, self.partition.membership[layer]
+        if self.partition.groups == len(groups) == len(groups.unique()):  # one neuron each: no sum to take
+            return (h.abs() * above.norm(dim=0))[:, groups.argsort()]
+        order, counts = groups.argsort(), torch.bincount(groups, minlength=self.partition.groups)
+        ends = [0, *counts.cumsum(0).tolist()]
+        added = [h[:, order[a:b]] @ above[:, order[a:b]].T for a, b in itertools.pairwise(ends)]
+        return torch.stack([part.norm(dim=1) for part in added], 1)

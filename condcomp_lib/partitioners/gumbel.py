@@ -1,0 +1,152 @@
+"""Gumbel-Softmax: the partition is learned by gradient together with the policy (*partitions*, section 2.3)."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, one_hot, softmax
+
+from condcomp_lib.datasets import Dataset
+from condcomp_lib.errors import UsageError, unknown
+from condcomp_lib.estimators import Reinforce, log_probability
+from condcomp_lib.fitting import fit
+from condcomp_lib.lazy import LazyNetwork, evaluate
+from condcomp_lib.partitioners import check_worth
+from condcomp_lib.partitions import Partition, check_groups
+from condcomp_lib.sparsity import sparsity_loss
+from condcomp_lib.training import PolicyCurve, check_learnable, hits
+
+EPS = 1e-20  # inside the logarithms of the Gumbel noise
+SCALE = 10.0  # preferences are stored divided by it: the optimiser's steps on them are as much larger
+LEAST_TEMPERATURE = 0.1
+# Temperature and size of the noise at a share of the training done. "constant" is the paper's; "annealed" lowers the
+# temperature, which sharpens the gradient but not the draws; "annealed-noise" makes the draws themselves settle.
+SCHEDULES: dict[str, Callable[[float], tuple[float, float]]] = {
+    "constant": lambda _: (1.0, 1.0),
+    "annealed": lambda done: (LEAST_TEMPERATURE**done, 1.0),
+    "annealed-noise": lambda done: (1.0, 1.0 - done),
+}
+
+
+class Gumbel(nn.Module):
+    """A vector of preferences mu_i over the groups for each neuron, from which its group is drawn.
+
+    `propose` draws a partition, `best` takes each neuron's most preferred group; learning is by `train_gumbel`, so
+    `update` changes nothing.
+
+    Arguments: `widths` neurons of each hidden layer; `groups` k; `generator` draws the first preferences, which are
+    near zero; `scope` as for `Partition`.
+    """
+
+    def __init__(
+        self, widths: Sequence[int], groups: int, generator: torch.Generator | None = None, scope: str = "network"
+    ) -> None:
+        super().__init__()
+        check_groups(widths, groups, scope)
+        self.groups, self.scope = groups, scope
+        self._scaled = nn.ParameterList(0.01 / SCALE * torch.randn(w, groups, generator=generator) for w in widths)
+
+    @property
+    def preferences(self) -> list[Tensor]:
+        """mu (float32, neurons x groups) of each hidden layer."""
+        return [SCALE * scaled for scaled in self._scaled]
+
+    def draw(self, generator: torch.Generator, temperature: float = 1.0, noise: float = 1.0) -> list[Tensor]:
+        """For each hidden layer the drawn groups as one-hot rows (float32, neurons x groups), with the gradient of
+        softmax((mu + g) / temperature), g Gumbel noise times `noise`: the straight-through form of section 2.3."""
+        if not temperature > 0 or not noise >= 0:
+            raise UsageError(f"temperature must be above 0 and noise at least 0, not {temperature} and {noise}")
+        return [straight_through(mu, generator, temperature, noise) for mu in self.preferences]
+
+    def propose(self, generator: torch.Generator) -> Partition:
+        """See `Partitioner`."""
+        with torch.no_grad():
+            return Partition(tuple(rows.argmax(1) for rows in self.draw(generator)), self.groups, self.scope)
+
+    def update(self, partition: Partition, worth: float) -> None:  # noqa: ARG002 (it learns by gradient)
+        """See `Partitioner`; checks the worth and learns nothing."""
+        check_worth(worth)
+
+    def best(self) -> Partition:
+        """Each neuron in the group it prefers most."""
+        return Partition(tuple(mu.detach().argmax(1) for mu in self.preferences), self.groups, self.scope)
+
+
+def straight_through(mu: Tensor, generator: torch.Generator, temperature: float, noise: float = 1.0) -> Tensor:
+    """yhat = (onehot(argmax y) - y) held constant + y, with y = softmax((mu + g) / temperature)."""
+    u = torch.rand(mu.shape, generator=generator)
+    g = -torch.log(-torch.log(u + EPS) + EPS)
+    y = softmax((mu + noise * g) / temperature, 1)
+    return (one_hot(y.argmax(1), mu.shape[1]) - y).detach() + y
+
+
+def gumbel_scores(
+    lazy: LazyNetwork, drawn: Sequence[Tensor], x: Tensor, first: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores, mask and logits of `lazy` when its partition is `drawn` (as from `Gumbel.draw`).
+
+    The mask of neuron i is sum_j yhat_ij M_j, so the scores have a gradient in the preferences; none in the policy.
+    """
+    h, masks, logits = x, [], []
+    for index, layer in enumerate(lazy.target.linears[:-1]):
+        if index < len(lazy.policy.gates):
+            logits.append(lazy.policy.logits(index, h.detach()))
+            masks.append(lazy.decision(logits[-1], index))
+        kept = masks[-1].to(h.dtype) @ drawn[index].T
+        h = lazy.target.activation(first if index == 0 and first is not None else layer(h)) * kept
+        if lazy.rescale == "activity":
+            h = h / kept.mean(1, keepdim=True).clamp(min=1 / kept.shape[1])
+    return lazy.target.linears[-1](h), torch.cat(masks, 1), torch.cat(logits, 1)
+
+
+def train_gumbel(
+    gumbel: Gumbel,
+    lazy: LazyNetwork,
+    data: Dataset,
+    settings: Mapping[str, Any],
+    generator: torch.Generator,
+    *,
+    first: Tensor | None = None,
+    progress: str | None = None,
+) -> PolicyCurve:
+    """Train preferences and the policy of `lazy` together, in place; the target is frozen.
+
+    One partition is drawn for each minibatch. The policy learns as in `train_policy`; the preferences follow the
+    gradient of the lazy network's loss through the straight-through draws. Neither is told how many neurons a group
+    holds, so nothing keeps the groups balanced, as in the paper.
+
+    Arguments: `settings` as from `policy_plan`, with "gumbel" one of SCHEDULES; `generator` shuffles and draws;
+    `first` the first layer's pre-activations of the training data (float32, examples x neurons) where known.
+    Returns accuracy and activity on validation data after each epoch, partitions and masks drawn.
+    """
+    if settings["gumbel"] not in SCHEDULES:
+        raise unknown("Gumbel schedule", settings["gumbel"], SCHEDULES)
+    if lazy.rescale == "sigma":
+        raise UsageError('Gumbel-Softmax takes rescale "none" or "activity", not "sigma"')
+    check_learnable(lazy, len(data.train), settings)
+    lazy.target.requires_grad_(False)
+    estimator, x, y = Reinforce(settings["baseline"]), torch.from_numpy(data.train.x), torch.from_numpy(data.train.y)
+    steps = settings["max_epochs"] * -(-len(x) // settings["batch"])
+    curve, step = PolicyCurve([], []), 0
+
+    def loss(rows: Tensor) -> Tensor:
+        nonlocal step
+        drawn = gumbel.draw(generator, *SCHEDULES[settings["gumbel"]](step / steps))
+        step += 1
+        scores, mask, logits = gumbel_scores(lazy, drawn, x[rows], None if first is None else first[rows])
+        costs = cross_entropy(scores, y[rows], reduction="none")
+        sparsity = sparsity_loss(logits.sigmoid(), settings["tau"], settings["lambda_s"], settings["lambda_v"])
+        return estimator.loss(costs, log_probability(logits, mask)) + sparsity + costs.mean()
+
+    def score() -> float:
+        noise = SCHEDULES[settings["gumbel"]](step / steps)[1]
+        drawn = gumbel.propose(generator) if noise else gumbel.best()
+        network = LazyNetwork(lazy.target, drawn, lazy.policy, lazy.decision, lazy.rescale)
+        found = evaluate(network, torch.from_numpy(data.valid.x))
+        curve.accuracy.append(hits(found.scores, data.valid))
+        curve.activity.append(drawn.activity(found.mask).mean().item())
+        return curve.accuracy[-1]
+
+    fit(nn.ModuleList([lazy.policy, gumbel]), loss, score, len(x), settings, generator, keep="last", progress=progress)
+    return curve
