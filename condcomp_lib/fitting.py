@@ -52,12 +52,14 @@ def plan(
     optimiser: str = "adam",
     learning_rate: float = 1e-3,
     schedule: str = "cosine",
+    epoch_examples: int | None = None,
 ) -> dict[str, Any]:
     """The settings of a training loop, checked.
 
     Arguments: `epochs` at most, fewer when the score has not risen for `patience` epochs (None: never stop early);
     `batch` examples a step; `optimiser` one of OPTIMISERS ("momentum" is SGD with Nesterov momentum 0.9); `schedule` of
-    the learning rate, "constant" or "cosine" (falling to zero over all epochs).
+    the learning rate, "constant" or "cosine" (falling to zero over all epochs); `epoch_examples` how many examples an
+    epoch passes over, drawn anew each time (None: all of them).
 
     >>> plan(epochs=3)["max_epochs"]
     3
@@ -70,6 +72,8 @@ def plan(
         raise unknown("optimiser", optimiser, OPTIMISERS)
     if not 0 < learning_rate < math.inf:
         raise UsageError(f"the learning rate must be a number above 0, not {learning_rate}")
+    if epoch_examples is not None and epoch_examples < 1:
+        raise UsageError(f"an epoch must pass over at least one example, or all (None), not {epoch_examples}")
     if patience is not None and patience < 1:
         raise UsageError(f"patience must be at least one epoch, or None, not {patience}")
     return {
@@ -79,6 +83,7 @@ def plan(
         "batch": batch,
         "max_epochs": epochs,
         "patience": patience,
+        **({} if epoch_examples is None else {"epoch_examples": epoch_examples}),
     }
 
 
@@ -105,12 +110,13 @@ def fit(
         raise unknown("epoch to keep", keep, ("best", "last"))
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimiser = OPTIMISERS[settings["optimiser"]](weights, settings["learning_rate"])
-    steps = settings["max_epochs"] * math.ceil(examples / settings["batch"])
+    size = min(examples, settings.get("epoch_examples", examples))
+    steps = settings["max_epochs"] * math.ceil(size / settings["batch"])
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, SCHEDULES[settings["schedule"]](steps))
     good = copy.deepcopy(model.state_dict())
     best, best_epoch, curve = good, 0, []
     for epoch in tqdm(range(1, settings["max_epochs"] + 1), desc=progress, unit="epoch", disable=progress is None):
-        for step, rows in enumerate(torch.randperm(examples, generator=generator).split(settings["batch"])):
+        for step, rows in enumerate(torch.randperm(examples, generator=generator)[:size].split(settings["batch"])):
             value = loss(rows)
             if not math.isfinite(value.item()):
                 model.load_state_dict(good)

@@ -197,7 +197,7 @@ def train_policy(
     Arguments: `settings` as from `policy_plan`; `generator` shuffles (masks are drawn by the lazy network's decision);
     `first` those pre-activations of the training data where they are known already, as from `first_layer`.
     """
-    check_learnable(lazy, len(data.train), settings)
+    check_learnable(lazy, min(len(data.train), settings.get("epoch_examples", len(data.train))), settings)
     lazy.target.requires_grad_(False)
     x, y = torch.from_numpy(data.train.x), torch.from_numpy(data.train.y)
     estimator, curve, lambda_s = Reinforce(settings["baseline"]), PolicyCurve([], []), settings["lambda_s"]

@@ -124,10 +124,11 @@ def train_gumbel(
         raise unknown("Gumbel schedule", settings["gumbel"], SCHEDULES)
     if lazy.rescale == "sigma":
         raise UsageError('Gumbel-Softmax takes rescale "none" or "activity", not "sigma"')
-    check_learnable(lazy, len(data.train), settings)
+    examples = min(len(data.train), settings.get("epoch_examples", len(data.train)))
+    check_learnable(lazy, examples, settings)
     lazy.target.requires_grad_(False)
     estimator, x, y = Reinforce(settings["baseline"]), torch.from_numpy(data.train.x), torch.from_numpy(data.train.y)
-    steps = settings["max_epochs"] * -(-len(x) // settings["batch"])
+    steps = settings["max_epochs"] * -(-examples // settings["batch"])
     curve, step = PolicyCurve([], []), 0
 
     def loss(rows: Tensor) -> Tensor:

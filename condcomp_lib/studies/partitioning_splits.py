@@ -2,17 +2,20 @@
 
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from condcomp_lib import studies
+from condcomp_lib import published, studies
+from condcomp_lib.claims import Claim, judge
 from condcomp_lib.partitioners.gumbel import SCHEDULES
-from condcomp_lib.runs import Outcome, RunSpec, RunStore
+from condcomp_lib.published import Answer
+from condcomp_lib.runs import Outcome, Record, RunSpec, RunStore
 from condcomp_lib.studies import partitioning, targets
-from condcomp_lib.studies.lazy_results import SAMPLED, Kind
+from condcomp_lib.studies.lazy_results import SAMPLED, Kind, gains, label, over_runs
 from condcomp_lib.studies.lazy_runs import DRAWS, control_of, deciding, measure
 from condcomp_lib.studies.partition_search import obtain_partition
-from condcomp_lib.studies.partitioning import GROUPS, KINDS, PAPER, TAU
+from condcomp_lib.studies.partitioning import GROUPS, KINDS, PAPER, SMALL, TAU
+from condcomp_lib.studies.split_results import HELD, LED, PUBLISHED_WAY, kinds, of_kind, tracked_at
 from condcomp_lib.training import obtain_policy, obtain_target, policy_plan
 
 RECIPE = 1
@@ -47,10 +50,16 @@ POLICY: dict[str, dict[str, Any]] = {
     "mnist": {"epochs": 3, "learning_rate": 1e-3},
     "svhn": {"epochs": 3, "learning_rate": 1e-3},
 }
-# A trial's policy is trained until an epoch no longer raises its validation accuracy.
+# A trial's policy is trained until an epoch (of 150 minibatches on SVHN) no longer raises its validation accuracy.
 TRIAL: dict[str, dict[str, Any]] = {
     "digits": {"batch": 32, "epochs": 8, "patience": 1, "learning_rate": 1e-2, "schedule": "constant"},
-    "svhn": {"epochs": 5, "patience": 1, "learning_rate": 1e-3, "schedule": "constant"},
+    "svhn": {
+        "epochs": 10,
+        "patience": 1,
+        "learning_rate": 3e-3,
+        "schedule": "constant",
+        "epoch_examples": 19_200,
+    },
 }
 JOINT = {"epochs": 5}  # of policy and preferences together
 SWAPS = {"digits": {"examples": 256, "trials": 300}, "svhn": {"examples": 256, "trials": 2000}}
@@ -135,3 +144,169 @@ def compute(spec: RunSpec, artefacts: RunStore) -> Outcome:
         result |= searched.result if settings["decision"] == SAMPLED else {}
         used["partition"] = searched.cite()
     return Outcome(result, None, {"note": data.note, "checksum": data.checksum}, used, seconds)
+
+
+def setup(profile: str) -> str:
+    """One sentence on the run table."""
+    counts = {label(kind): len(names) for kind, names in TABLE[profile].items()}
+    return (
+        f"{GROUPS} groups that span the layers; partitioners by kind of target: "
+        + "; ".join(f"{kind}: {count}" for kind, count in counts.items())
+        + f". Each on {TARGETS[profile]} target{'s' if TARGETS[profile] > 1 else ''}"
+        + (
+            f"; {' and '.join(label(kind) for kind in TWICE)} with two partitions and policies each (bandits one)."
+            if profile == "paper"
+            else "."
+        )
+    )
+
+
+def answers(records: Sequence[Record]) -> list[Answer]:
+    """This study's numbers beside published ids: bandits and contextual bandits of sections 5.1 and 5.2."""
+    place = {"notebook": "01_partitioning", "figure": "splits_table"}
+    groups = of_kind(records, PAPER)[PUBLISHED_WAY]
+    found = []
+    for id, names, what in (("Ps51.01", ("random",), ""), ("Ps51.02", BANDITS, "the highest of the three; ")):
+        intervals = [over_runs(groups[name], _valid_ratio) for name in names if name in groups]
+        if intervals:
+            best = max(intervals, key=lambda interval: interval.estimate)
+            others = _other_kinds(records, names)
+            note = f"{what}{label(PAPER)}, sampled masks, validation data{others}; {targets.NO_EXTRA}"
+            found.append(Answer(id, best, "accuracy_ratio", note, **place))
+    place = {"notebook": "01_partitioning", "figure": "splits_trajectories"}
+    for kind, id, epoch, field, metric in (
+        (PAPER, "Ps52.05", 1, "worth", "validation_accuracy_percent"),
+        (PAPER, "Ps52.06", 1, "activity", "activity_percent"),
+        (PAPER, "Ps52.07", 1, "sd_of_activity_by_group", "sd_of_activity_by_partition_percent"),
+        (PAPER, "Ps52.08", 15, "activity", "activity_percent"),
+        (PAPER, "Ps52.09", 15, "sd_of_activity_by_group", "sd_of_activity_by_partition_percent"),
+        (PAPER, "Ps52.10", 15, "sd_of_size", "sd_of_partition_size"),
+        (PAPER, "Ps52.16", 1, "worth", "accuracy_ratio"),
+        (SMALL, "Ps52.13", 1, "worth", "validation_accuracy_percent"),
+        (SMALL, "Ps52.14", 10, "worth", "validation_accuracy_percent"),
+    ):
+        group = of_kind(records, kind)[PUBLISHED_WAY].get("contextual", [])
+        read = tracked_at(group, epoch, field)
+        if read is None:
+            continue
+        scaled = _scaled(read, metric)
+        note = f"{label(kind)}, lazy epoch {epoch}, incoming weights; {targets.NO_EXTRA}"
+        found.append(Answer(id, over_runs(group, scaled), metric, note, **place))
+    return found
+
+
+def _valid_ratio(result: Mapping[str, Any]) -> float:
+    return result["valid_accuracy"] / result["target_valid_accuracy"]
+
+
+def _other_kinds(records: Sequence[Record], names: Sequence[str]) -> str:
+    """The ratios of the other SVHN kinds that were split at random too, in words."""
+    if names != ("random",):
+        return ""
+    others = []
+    for kind in kinds(records):
+        group = of_kind(records, kind)[PUBLISHED_WAY].get("random", [])
+        if kind != PAPER and kind[0] == "svhn" and group:
+            others.append(f"{label(kind)}: {over_runs(group, _valid_ratio).format(2)}")
+    return f"; {'; '.join(others)}" if others else ""
+
+
+def _scaled(read: Callable[[Mapping[str, Any]], float], metric: str) -> Callable[[Mapping[str, Any]], float]:
+    """A tracked field in the unit of the published metric."""
+    if metric == "accuracy_ratio":
+        return lambda result: read(result) / result["target_valid_accuracy"]
+    return lambda result: (100 if metric.endswith("percent") else 1) * read(result)
+
+
+def claims(records: Sequence[Record]) -> list[Claim]:
+    """The published order of partitioners, at whatever activity and at matched activity; and what lies beyond it."""
+    found = []
+    for kind in kinds(records):
+        for way, groups in of_kind(records, kind).items():
+            for better, worse, source in _order(groups):
+                gain = gains(groups[better], groups[worse], lambda r: r["accuracy_ratio"])
+                if gain is None:
+                    continue
+                end = ".".join(str(part) for part in kind if part is not None)
+                id = f"splits.{better}.{worse}.{end}.{way}".replace(" ", "-").replace(",", "")
+                statement = f"{label(kind)}, {way}: {better} keeps more of the accuracy than {worse}"
+                found.append(judge(id, source, statement, gain, above=0.0))
+    return found + _published_levels(records) + _control_claims(records)
+
+
+def _order(groups: Mapping[str, Sequence[Record]]) -> list[tuple[str, str, str]]:
+    """The pairs (better, worse, source) that are claimed among the partitioners at hand."""
+    pairs = [(name, "random", "partitions, 5.1") for name in BANDITS]
+    pairs += [("gumbel", name, "partitions, 5") for name in BANDITS]
+    pairs += [("contextual", "gumbel", "partitions, 5.3"), ("contextual", "random", "partitions, 5.2")]
+    pairs += [("contextual, both weights", "contextual", "partitions, 6")]
+    pairs += [(name, "gumbel", "partitions, 5.3") for name in GUMBEL[1:]]
+    pairs += [(name, "random", "ours") for name in (*CLUSTERINGS, *SEARCHES)]
+    return [(better, worse, source) for better, worse, source in pairs if better in groups and worse in groups]
+
+
+def _published_levels(records: Sequence[Record]) -> list[Claim]:
+    """Section 5.2's contextual bandit: its accuracy ratio and activity after one lazy epoch."""
+    rows, found = published.load(), []
+    group = of_kind(records, PAPER)[PUBLISHED_WAY].get("contextual", [])
+    for id, field, metric, what in (
+        ("Ps52.16", "worth", "accuracy_ratio", "keeps the published share of the accuracy or more"),
+        ("Ps52.06", "activity", "activity_percent", "evaluates the published share of the neurons or more"),
+    ):
+        read = tracked_at(group, 1, field)
+        if read is not None:
+            statement = f"{label(PAPER)}: the contextual bandit {what} after one lazy epoch"
+            interval = over_runs(group, _scaled(read, metric))
+            found.append(judge(f"splits.{id}", id, statement, interval, above=rows[id].value))
+    return found
+
+
+def _control_claims(records: Sequence[Record]) -> list[Claim]:
+    """Whether any split makes a lazy network better than the dense net of equal compute: the best of each kind."""
+    found = []
+    for kind in kinds(records):
+        groups = of_kind(records, kind)[LED]
+        margins = {name: over_runs(group, lambda r: r["accuracy"] - r["control_accuracy"])
+                   for name, group in groups.items()}  # fmt: skip
+        if margins:
+            best = max(margins, key=lambda name: margins[name].estimate)
+            end = ".".join(str(part) for part in kind if part is not None)
+            statement = f"{label(kind)}, {LED}: the best split ({best}) beats the dense net of equal compute"
+            found.append(judge(f"splits.control.{end}", "ours", statement, margins[best], above=0.0))
+    return found
+
+
+def findings(records: Sequence[Record]) -> str:
+    """What the runs say, as a Markdown list with its numbers filled in."""
+    lines = []
+    for kind in kinds(records):
+        ways = of_kind(records, kind)
+        for way in (PUBLISHED_WAY, HELD, LED):
+            groups = ways[way]
+            scores = {name: over_runs(group, lambda r: r["accuracy_ratio"]) for name, group in groups.items()}
+            ranked = sorted(scores, key=lambda name: -scores[name].estimate)
+            best = "; ".join(f"{name} {scores[name].format(2)}" for name in ranked[:3])
+            place = ranked.index("random") + 1
+            lines.append(f"- **{label(kind)}, {way}**: {best}; random {scores['random'].format(2)}, number {place} of "
+                         f"{len(ranked)}.")  # fmt: skip
+    return "\n".join(lines)
+
+
+def promises(records: Sequence[Record]) -> dict[str, Sequence[Record]]:
+    """Figures and tables of notebook 01 that are made from this study."""
+    names = ("splits_ratios", "splits_kinds", "splits_trajectories", "splits_gumbel", "splits_groups", "splits_table",
+             "splits_size_table")  # fmt: skip
+    return dict.fromkeys(names, records)
+
+
+STUDY = studies.Study(
+    name="partitioning-splits",
+    title="Every way to split a trained network",
+    notebook="01_partitioning",
+    specs=specs,
+    compute=compute,
+    answers=answers,
+    claims=claims,
+    promises=promises,
+    audited=("target_accuracy", "accuracy", "blind_accuracy", "activity", "compute", "control_accuracy"),
+)
