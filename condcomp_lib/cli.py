@@ -122,7 +122,7 @@ def _check_store(profile: str) -> None:
 
 @app.command()
 def run(
-    study: Annotated[str, typer.Argument(help="the study's name, or 'all'")],
+    study: Annotated[str, typer.Argument(help="the study's name (with it run those named NAME-...), or 'all'")],
     profile: Profile = "paper",
     jobs: Jobs = None,
     backend: Annotated[str, typer.Option(help="joblib backend: loky (processes) or sequential")] = "loky",
@@ -132,7 +132,7 @@ def run(
     _check_store(profile)
     from condcomp_lib import studies
 
-    for name in studies.NAMES if study == "all" else [studies.get(study).name]:
+    for name in studies.family(study):
         records = studies.run(name, profile, jobs=jobs, backend=backend, threads=threads)
         typer.echo(f"{name}: {len(records)} runs in {paths.store(profile)}")
 

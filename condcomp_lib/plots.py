@@ -187,3 +187,60 @@ def group_use(shares: np.ndarray, rates: np.ndarray, ax: Axes | None = None) -> 
         ax.plot(100 * shares[chosen], 100 * rates[chosen], "o", color=colour, markersize=4, alpha=0.6, label=label)
     ax.set(xlabel="share of all hidden neurons (%)", ylim=(0, 104))
     return ax
+
+
+def split_ratios(rows: Mapping[str, Mapping[str, np.ndarray]], ax: Axes | None = None, activity: bool = False) -> Axes:
+    """Accuracy ratios by partitioner, one line each, first on top: runs as points, their mean as a bar, blind draws as
+    crosses, the control as a short upright line; with `activity` the mean share of neurons at the right end.
+
+    `rows` maps a partitioner to its series "lazy", "blind", "control" and "activity" (one number a run).
+    """
+    ax = ax or plt.subplots()[1]
+    for index, (name, series) in enumerate(rows.items()):
+        height = np.full(len(series["lazy"]), -float(index))
+        colour = GREY if name == "random" else BLUE
+        first = index == 0
+        ax.plot(series["blind"], height, "x", color=ORANGE, markersize=4, label="blind draw" if first else None)
+        ax.plot(series["control"], height, "|", color=GREEN, markersize=9, label="control" if first else None)
+        ax.plot(series["lazy"], height, "o", color=colour, markersize=4, alpha=0.6)
+        mean = series["lazy"].mean()
+        ax.plot([mean, mean], [-index - 0.33, -index + 0.33], color=colour, linewidth=2)
+        if activity:
+            share = f"{100 * series['activity'].mean():.0f}%"
+            ax.text(1.16, -index, share, va="center", ha="right", fontsize=8, color=GREY)
+    ax.axvline(1, color=GREY, linewidth=0.8, linestyle=":")
+    if "random" in rows:
+        ax.axvline(rows["random"]["lazy"].mean(), color=GREY, linewidth=0.8)
+    ax.set_yticks([-index for index in range(len(rows))], list(rows))
+    ax.set(xlabel="accuracy / the target's", xlim=(0, 1.18), ylim=(-len(rows) + 0.4, 0.6))
+    ax.grid(axis="y", visible=False)
+    return ax
+
+
+def ladder(lines: Mapping[str, tuple[Sequence[int], np.ndarray]], ax: Axes | None = None) -> Axes:
+    """The oracle ladder: accuracy ratio against groups a layer, every run as a point beside the mean.
+
+    `lines` maps "split, rung" to the numbers of groups and the ratios (runs x numbers); "best neurons" and "control"
+    have one ratio a run and are drawn across.
+    """
+    ax = ax or plt.subplots()[1]
+    colours = {"random": ORANGE, "coactivation": BLUE}
+    looks = {"oracle": ("-", "o", "best groups"), "learned": ("--", "s", "learned policy"),
+             "blind": (":", "x", "blind draw")}  # fmt: skip
+    for name, (counts, ratios) in lines.items():
+        if not counts:
+            colour = GREEN if name == "control" else "black"
+            ax.axhspan(ratios.min(), ratios.max(), color=colour, alpha=0.25, linewidth=0)
+            ax.axhline(ratios.mean(), color=colour, linewidth=1, label=name)
+            continue
+        split, rung = name.split(", ")
+        line, marker, label = looks[rung]
+        colour = colours[split]
+        ax.plot(counts, ratios.mean(0), line, color=colour, label=f"{split}: {label}", linewidth=1.6)
+        for run in ratios:
+            ax.plot(counts, run, marker, color=colour, markersize=3.5, alpha=0.6)
+    ticks = sorted({count for counts, _ in lines.values() for count in counts})
+    ax.set(xscale="log", ylim=(0, 1.08), xlabel="groups a layer", ylabel="accuracy / the target's")
+    ax.set_xticks(ticks, [str(tick) for tick in ticks])
+    ax.minorticks_off()
+    return ax

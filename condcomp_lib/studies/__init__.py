@@ -20,7 +20,7 @@ from condcomp_lib.provenance import environment
 from condcomp_lib.published import Answer
 from condcomp_lib.runs import Outcome, Record, RunSpec, RunStore
 
-NAMES = ("start", "targets", "partitioning")
+NAMES = ("start", "targets", "partitioning", "partitioning-splits", "partitioning-ladder")
 
 # Which notebook takes up which part of the papers, by the start of the ids in `published.csv`.
 NOTEBOOKS = {
@@ -67,7 +67,19 @@ def get(name: str) -> Study:
     """The study of that name; raises UsageError listing the known ones."""
     if name not in NAMES:
         raise unknown("study", name, NAMES)
-    return importlib.import_module(f"condcomp_lib.studies.{name}").STUDY
+    study: Study = importlib.import_module(f"condcomp_lib.studies.{name.replace('-', '_')}").STUDY
+    return study
+
+
+def family(name: str) -> list[str]:
+    """The study of that name and those whose names go on from it after a hyphen; "all" stands for every study.
+
+    >>> family("partitioning")
+    ['partitioning', 'partitioning-splits', 'partitioning-ladder']
+    """
+    if name == "all":
+        return list(NAMES)
+    return [get(name).name, *(other for other in NAMES if other.startswith(f"{name}-"))]
 
 
 def run(name: str, profile: str, **options: Any) -> list[Record]:

@@ -4,10 +4,12 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from scipy.optimize import brentq
 
-from condcomp_lib import studies
+from condcomp_lib import stats, studies
+from condcomp_lib.claims import Claim, judge
 from condcomp_lib.coactivation import firing_patterns
 from condcomp_lib.datasets import Dataset, Split
 from condcomp_lib.lazy import LazyNetwork, calibrated, decided_by
@@ -15,11 +17,13 @@ from condcomp_lib.oracle import Oracle
 from condcomp_lib.partitioners.clustering import activation_partition
 from condcomp_lib.partitions import Partition, make_partition
 from condcomp_lib.policies import Blind, Policy, Pool, Sample
-from condcomp_lib.runs import Outcome, RunSpec, RunStore
+from condcomp_lib.published import Answer
+from condcomp_lib.runs import Outcome, Record, RunSpec, RunStore
 from condcomp_lib.studies import targets
-from condcomp_lib.studies.lazy_results import Kind
+from condcomp_lib.studies.lazy_results import Kind, label
 from condcomp_lib.studies.lazy_runs import control_of, measured
 from condcomp_lib.studies.partitioning import PAPER, PLAIN, TAU
+from condcomp_lib.studies.split_results import kind_of
 from condcomp_lib.targets import MLP, hidden_widths, multiply_adds
 from condcomp_lib.training import accuracy, obtain_target, policy_plan, train_policy
 
@@ -156,3 +160,168 @@ def _climbed(ladder: Mapping[str, LazyNetwork], settings: Mapping[str, Any], dat
 
 def _first(split: Split, count: int) -> Split:
     return Split(split.x[:count], split.y[:count])
+
+
+def rows(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """Every rung of every run as one row: kind, split, groups a layer, rung, budget and what was measured."""
+    found = []
+    for record in records:
+        settings = record.spec.settings
+        own = {"kind": label(kind_of(record)), "split": settings["partitioner"], "groups": settings["groups"]}
+        for rung in record.result["rungs"]:
+            found.append({**own, "target_seed": settings["target_seed"], **rung})
+    return found
+
+
+def _over(found: Sequence[Mapping[str, Any]], field: str) -> stats.Interval:
+    return stats.interval([row[field] for row in found], clusters=[row["target_seed"] for row in found])
+
+
+def _select(found: Sequence[Mapping[str, Any]], **wanted: Any) -> list[Mapping[str, Any]]:
+    return [row for row in found if all(row[key] == value for key, value in wanted.items())]
+
+
+def summary(records: Sequence[Record], budget: str = BUDGETS[0]) -> list[dict[str, Any]]:
+    """The ladder of every kind, split and number of groups under one budget, and the rung that loses most.
+
+    From the target to the best neurons it is the activity that costs, from there to the best groups the split, and
+    from there to the learned policy the policy.
+    """
+    found, table = rows(records), []
+    for kind, split, groups in dict.fromkeys((row["kind"], row["split"], row["groups"]) for row in found):
+        if split == NEURONS:
+            continue
+        here = {rung: _select(found, kind=kind, split=split, groups=groups, budget=budget, rung=rung) for rung in RUNGS}
+        neurons = _over(_select(found, kind=kind, split=NEURONS, budget=budget), "ratio")
+        oracle, learned, blind = (_over(here[rung], "ratio") for rung in RUNGS)
+        steps = {"activity": 1 - neurons.estimate, "split": neurons.estimate - oracle.estimate,
+                 "policy": oracle.estimate - learned.estimate}  # fmt: skip
+        table.append(
+            {
+                "target": kind,
+                "split": split,
+                "groups a layer": groups,
+                "best neurons": neurons,
+                "best groups": oracle,
+                "learned policy": learned,
+                "blind draw": blind,
+                "control": _over(here["learned"], "control_ratio"),
+                "activity": _over(here["learned"], "activity"),
+                "compute": _over(here["learned"], "compute"),
+                "loses most": max(steps, key=lambda step: steps[step]),
+            }
+        )
+    return table
+
+
+def budget_summary(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """How the budgets compare: the finest coactivation split of each kind, by rung, with its activity by layer."""
+    found, table = rows(records), []
+    for kind in dict.fromkeys(row["kind"] for row in found):
+        finest = max(row["groups"] for row in found if row["kind"] == kind and row["split"] == "coactivation")
+        for budget, rung in itertools.product(BUDGETS, ("oracle", "learned")):
+            here = _select(found, kind=kind, split="coactivation", groups=finest, budget=budget, rung=rung)
+            by_layer = np.mean([row["activity_by_layer"] for row in here], axis=0)
+            table.append(
+                {
+                    "target": kind,
+                    "groups a layer": finest,
+                    "budget": budget,
+                    "rung": {"oracle": "best groups", "learned": "learned policy"}[rung],
+                    "ratio": _over(here, "ratio"),
+                    "activity": _over(here, "activity"),
+                    "by layer": ", ".join(f"{share:.2f}" for share in by_layer),
+                    "compute": _over(here, "compute"),
+                    "control ratio": _over(here, "control_ratio"),
+                }
+            )
+    return table
+
+
+def lines(records: Sequence[Record], budget: str = BUDGETS[0]) -> dict[str, dict[str, tuple[list[int], np.ndarray]]]:
+    """For each kind the figure's lines: for each split and rung the numbers of groups and the ratios (runs x numbers);
+    "best neurons" and "control" hold one column."""
+    found: dict[str, dict[str, tuple[list[int], np.ndarray]]] = {}
+    table = rows(records)
+    for kind in dict.fromkeys(row["kind"] for row in table):
+        here = _select(table, kind=kind, budget=budget)
+        neurons = [row["ratio"] for row in _select(here, split=NEURONS)]
+        found[kind] = {"best neurons": ([], np.array(neurons)[:, None])}
+        for split, rung in itertools.product(SPLITS, RUNGS):
+            own = _select(here, split=split, rung=rung)
+            counts = sorted({row["groups"] for row in own})
+            ratios = [[row["ratio"] for row in _select(own, groups=count)] for count in counts]
+            found[kind][f"{split}, {rung}"] = (counts, np.array(ratios).T)
+        control = [row["control_ratio"] for row in _select(here, split="coactivation", rung="learned")]
+        found[kind]["control"] = ([], np.array(control)[:, None])
+    return found
+
+
+def claims(records: Sequence[Record]) -> list[Claim]:
+    """What the ladder shows at 25% of the neurons: the split and the policy as bottlenecks, and the budget."""
+    found, claimed = rows(records), []
+    for kind in dict.fromkeys(row["kind"] for row in found):
+        for groups in sorted({row["groups"] for row in found if row["kind"] == kind and row["split"] != NEURONS}):
+            for rung, what in (("oracle", "the best groups keep"), ("learned", "the learned policy keeps")):
+                own, base = (_select(found, kind=kind, groups=groups, rung=rung, budget=BUDGETS[0], split=split)
+                             for split in ("coactivation", "random"))  # fmt: skip
+                statement = (
+                    f"{kind}, {groups} groups a layer, 25%: {what} more with a coactivation split than a random one"
+                )
+                id = f"ladder.split.{kind}.{groups}.{rung}".replace(" ", "-").replace(",", "")
+                claimed.append(judge(id, "ours", statement, _gain(own, base), above=0.0))
+        finest = max(row["groups"] for row in found if row["kind"] == kind and row["split"] == "coactivation")
+        own, base, same = (_select(found, kind=kind, groups=finest, rung="oracle", budget=budget, split="coactivation")
+                           for budget in (BUDGETS[1], BUDGETS[0], BUDGETS[2]))  # fmt: skip
+        for end, rival, what in (("activity", base, "as many neurons"), ("compute", same, "as many multiply-adds")):
+            statement = f"{kind}, {finest} groups a layer: more neurons in the first layer keep more, with {what}"
+            id = f"ladder.budget.{kind}.{end}".replace(" ", "-").replace(",", "")
+            claimed.append(judge(id, "ours", statement, _gain(own, rival), above=0.0))
+    return claimed
+
+
+def _gain(own: Sequence[Mapping[str, Any]], base: Sequence[Mapping[str, Any]]) -> stats.Interval:
+    """The differences in ratio of rows paired by target."""
+    other = {row["target_seed"]: row["ratio"] for row in base}
+    return stats.interval([row["ratio"] - other[row["target_seed"]] for row in own if row["target_seed"] in other])
+
+
+def findings(records: Sequence[Record]) -> str:
+    """Which rung loses most, as a Markdown list with its numbers filled in."""
+    table, found = summary(records), []
+    for kind in dict.fromkeys(row["target"] for row in table):
+        here = [row for row in table if row["target"] == kind]
+        for split in SPLITS:
+            coarse, fine = (pick((r for r in here if r["split"] == split), key=lambda r: r["groups a layer"])
+                            for pick in (min, max))  # fmt: skip
+            found.append(
+                f"- **{kind}, {split} split**: best groups keep {coarse['best groups'].format(2)} with "
+                f"{coarse['groups a layer']} groups a layer and {fine['best groups'].format(2)} with "
+                f"{fine['groups a layer']}, learned policies {coarse['learned policy'].format(2)} and "
+                f"{fine['learned policy'].format(2)}; most is lost by the {coarse['loses most']} and the "
+                f"{fine['loses most']}."
+            )
+    return "\n".join(found)
+
+
+def answers(records: Sequence[Record]) -> list[Answer]:  # noqa: ARG001 (the papers have no such ladder)
+    """No published number has its counterpart here."""
+    return []
+
+
+def promises(records: Sequence[Record]) -> dict[str, Sequence[Record]]:
+    """Figures and tables of notebook 01 that are made from this study."""
+    return dict.fromkeys(("ladder", "ladder_table", "ladder_budget_table"), records)
+
+
+STUDY = studies.Study(
+    name="partitioning-ladder",
+    title="The oracle ladder",
+    notebook="01_partitioning",
+    specs=specs,
+    compute=compute,
+    answers=answers,
+    claims=claims,
+    promises=promises,
+    audited=("target_accuracy",),
+)
