@@ -1,7 +1,5 @@
 """The oracle: which groups contribute most, read off the full computation; the ceiling of any learned policy."""
 
-import itertools
-
 import torch
 from torch import Tensor
 
@@ -29,6 +27,7 @@ class Oracle(Policy):
     def __init__(self, target: MLP, partition: Partition, pool: Pool | None = None) -> None:
         super().__init__(partition, target.linears[0].in_features, pool)
         self.target, self.partition = target, partition
+        self._products = [self._gram(layer) for layer in range(len(target.hidden))]
 
     def logits(self, gate: int, s: Tensor) -> Tensor:
         """Logarithms of the contributions (float32, examples x groups); see the class."""
@@ -49,10 +48,15 @@ class Oracle(Policy):
 
     def _added(self, layer: int, h: Tensor) -> Tensor:
         """| sum_{i in H_j} h_i w_i | (float32, examples x groups) of the neurons of a layer that are at `h`."""
-        above, groups = self.target.linears[layer + 1].weight, self.partition.membership[layer]
-        if self.partition.groups == len(groups) == len(groups.unique()):  # one neuron each: no sum to take
-            return (h.abs() * above.norm(dim=0))[:, groups.argsort()]
-        order, counts = groups.argsort(), torch.bincount(groups, minlength=self.partition.groups)
-        ends = [0, *counts.cumsum(0).tolist()]
-        added = [h[:, order[a:b]] @ above[:, order[a:b]].T for a, b in itertools.pairwise(ends)]
-        return torch.stack([part.norm(dim=1) for part in added], 1)
+        added = torch.zeros(len(h), self.partition.groups)
+        for group, (members, products) in enumerate(self._products[layer]):
+            part = h[:, members]
+            added[:, group] = ((part @ products) * part).sum(1).clamp(min=0).sqrt()
+        return added
+
+    def _gram(self, layer: int) -> list[tuple[Tensor, Tensor]]:
+        """For each group its neurons and the products w_i . w_j of their outgoing weights: a few neurons squared are
+        less work than a few neurons times the next layer."""
+        above, groups = self.target.linears[layer + 1].weight.detach(), self.partition.membership[layer]
+        members = [(groups == group).nonzero().squeeze(1) for group in range(self.partition.groups)]
+        return [(rows, above[:, rows].T @ above[:, rows]) for rows in members]

@@ -217,6 +217,14 @@ def split_ratios(rows: Mapping[str, Mapping[str, np.ndarray]], ax: Axes | None =
     return ax
 
 
+def published_points(points: Mapping[int, float], ax: Axes | None = None) -> Axes:
+    """The papers' values at their places on the x axis, as black diamonds."""
+    ax = ax or plt.subplots()[1]
+    if points:
+        ax.plot(list(points), list(points.values()), "D", color="black", markersize=4.5, label="published", zorder=5)
+    return ax
+
+
 def ladder(lines: Mapping[str, tuple[Sequence[int], np.ndarray]], ax: Axes | None = None) -> Axes:
     """The oracle ladder: accuracy ratio against groups a layer, every run as a point beside the mean.
 

@@ -8,7 +8,7 @@ import pandas as pd
 from condcomp_lib import paths, reproduce, studies, tables
 from condcomp_lib.errors import CondcompError
 from condcomp_lib.files import write_atomically
-from condcomp_lib.studies import lazy_results, start
+from condcomp_lib.studies import lazy_results, partitioning, partitioning_splits, split_results, start
 
 
 class StaleReadme(CondcompError):
@@ -47,11 +47,15 @@ def blocks() -> dict[str, str]:
     """The generated parts by name."""
     records = studies.records("start", "paper")
     rows = studies.overview()
+    matched = [row for row in lazy_results.summary(studies.records("partitioning", "paper"))
+               if row["decision"] == partitioning.MATCHED]  # fmt: skip
+    splits = studies.records("partitioning-splits", "paper")
     answered = sum(row["ours"] != "not yet" for row in rows)
     times = json.loads((paths.root() / "data" / "timings.json").read_text(encoding="utf-8"))
     return {
         "targets": tables.markdown(tables.frame(start.summary(records))),
-        "lazy": tables.markdown(tables.frame(lazy_results.summary(studies.records("partitioning", "paper")), 2)),
+        "lazy": tables.markdown(tables.frame(matched, 2)),
+        "splits": tables.markdown(tables.frame(split_results.across_kinds(splits, partitioning_splits.CHEAP), 2)),
         "items": tables.markdown(pd.DataFrame(studies.items())),
         "answered": (
             f"**How far it is**: notebooks so far: {', '.join(reproduce.names())}; {answered} of {len(rows)} published "
