@@ -13,11 +13,20 @@ import numpy as np
 import torch
 
 from condcomp_lib import datasets, paths
+from condcomp_lib.coactivation import firing_patterns
 from condcomp_lib.errors import CondcompError
 from condcomp_lib.lazy import LazyNetwork
+from condcomp_lib.partitioners import Partitioner
+from condcomp_lib.partitioners.bandits import RULES, Bandits
+from condcomp_lib.partitioners.clustering import activation_partition
+from condcomp_lib.partitioners.contextual import ContextualBandits, contexts_of
+from condcomp_lib.partitioners.gumbel import Gumbel
+from condcomp_lib.partitioners.local import LocalSearch
 from condcomp_lib.partitions import make_partition
 from condcomp_lib.policies import Policy, Sample
 from condcomp_lib.runs import Outcome, RunSpec, RunStore
+from condcomp_lib.studies.partition_search import Trials
+from condcomp_lib.studies.partitioning_splits import TRIAL
 from condcomp_lib.targets import MLP
 from condcomp_lib.training import CACHE_BYTES, first_layer, policy_plan, train_policy
 
@@ -68,6 +77,45 @@ def training(repeats: int) -> dict[str, Any]:
         "gain": float(np.median(ratios)),
         "gain_least": min(ratios),
         "gain_most": max(ratios),
+    }
+
+
+def partitioners(repeats: int) -> dict[str, Any]:
+    """What partitioners cost on SVHN, 3x800 (untrained weights): medians and the most of `repeats`.
+
+    Milliseconds a proposal of 2,400 neurons for 256 groups takes after a first update; seconds of a balanced
+    coactivation split into 16, and of one trial of Algorithm 1 at its longest, when every epoch raises the accuracy.
+    """
+    data, generator = datasets.load("svhn"), torch.Generator().manual_seed(0)
+    target = MLP(data.train.x.shape[1], (800, 800, 800), data.classes, generator=generator)
+    start = make_partition("random", target.hidden, 256, generator)
+    ready: dict[str, Partitioner] = {
+        **{rule: Bandits(target.hidden, 256, rule) for rule in RULES},
+        "contextual": ContextualBandits(contexts_of(target), 256),
+        "gumbel": Gumbel(target.hidden, 256, generator),
+        "local search": LocalSearch(start),
+    }
+    proposals = {}
+    for name, partitioner in ready.items():
+        partitioner.update(start, 0.5)
+        times = [1000 * _seconds(lambda p=partitioner: p.propose(generator)) for _ in range(repeats)]  # type: ignore[misc]
+        proposals[name] = {"median_ms": float(np.median(times)), "most_ms": max(times)}
+    x = torch.from_numpy(data.train.x[:4000])
+    splits = [
+        _seconds(lambda: activation_partition(firing_patterns(target, x), target.hidden, 16, generator))
+        for _ in range(repeats)
+    ]
+    trial = {**TRIAL["svhn"], "patience": None}
+    trials = Trials({"rescale": "activity", "target_seed": 0, "policy_seed": 0,
+                     "search": {"policy": policy_plan(lambda_s=0.5, **trial)}}, target, data)  # fmt: skip
+    cut = make_partition("random", target.hidden, 16, generator)
+    longest = [_seconds(lambda: trials(cut)) for _ in range(repeats)]
+    return {
+        "threads": torch.get_num_threads(),
+        "repeats": repeats,
+        "proposal_256_groups": proposals,
+        "coactivation_split_s": {"median": float(np.median(splits)), "most": max(splits)},
+        "longest_trial_s": {"median": float(np.median(longest)), "most": max(longest)},
     }
 
 

@@ -261,6 +261,22 @@ def bench_training(
     _write_json(json_file, figures)
 
 
+@bench_app.command("partitioners")
+def bench_partitioners(
+    repeats: Annotated[int, typer.Option(min=1, help="times each is measured")] = 5,
+    json_file: JsonFile = None,
+) -> None:
+    """A proposal for 256 groups, a balanced coactivation split, and the longest trial, on SVHN with 3x800."""
+    from condcomp_lib import bench
+
+    figures = bench.partitioners(repeats)
+    for name, value in figures["proposal_256_groups"].items():
+        typer.echo(f"proposal, {name:<20}{value['median_ms']:>8.1f} ms, at most {value['most_ms']:.1f}")
+    for name in ("coactivation_split_s", "longest_trial_s"):
+        typer.echo(f"{name:<30}{figures[name]['median']:>8.1f} s, at most {figures[name]['most']:.1f}")
+    _write_json(json_file, figures)
+
+
 @bench_app.command("commands")
 def bench_commands(json_file: JsonFile = None) -> None:
     """The two commands as a newcomer types them: a fresh clone, a fresh environment, every test. Takes minutes."""

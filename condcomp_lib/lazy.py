@@ -104,10 +104,15 @@ class LazyNetwork(nn.Module):
         for index, layer in enumerate(self.target.linears[:-1]):
             if index < len(self.policy.gates):
                 logits.append(self.policy.logits(index, h))
-                masks.append(self.decision(logits[-1], index))
+                masks.append(self._decided(logits[-1], index))
             full = self.target.activation(first if index == 0 and first is not None else layer(h))
             h = self._kept(full, masks, logits, index)
         return Evaluation(self.target.linears[-1](h), torch.cat(masks, 1), torch.cat(logits, 1))
+
+    def _decided(self, logits: Tensor, gate: int) -> Tensor:
+        """The bits of a gate; that of an always-on group is set whatever the decision says."""
+        mask = self.decision(logits, gate)
+        return torch.cat([torch.ones_like(mask[:, :1]), mask[:, 1:]], 1) if self.policy.always_on else mask
 
     def masked_scores(self, x: Tensor, mask: Tensor) -> Tensor:
         """Scores of `x` under a given mask (bool, examples x bits), whatever the policy would say; no rescaling."""

@@ -21,11 +21,12 @@ class Oracle(Policy):
 
     Costs are counted as those of the linear gates that a policy in its place would have (`pool` as for `Policy`).
 
-    Arguments: `target` and `partition` of the lazy network it decides for.
+    Arguments: `target` and `partition` of the lazy network it decides for. The target's weights are read here and must
+    not change afterwards.
     """
 
     def __init__(self, target: MLP, partition: Partition, pool: Pool | None = None) -> None:
-        super().__init__(partition, target.linears[0].in_features, pool)
+        super().__init__(partition, target.linears[0].in_features, pool, torch.Generator())  # weights nobody reads
         self.target, self.partition = target, partition
         self._products = [self._gram(layer) for layer in range(len(target.hidden))]
 

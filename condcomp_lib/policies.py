@@ -45,7 +45,8 @@ class Policy(nn.Module):
     the layer below after its own mask, the first one X or pooled X (*faster-models*).
 
     Arguments: `partition` whose groups are switched; `inputs` features of X; `pool` how X is made smaller (None: not);
-    `generator` draws the weights; `always_on` gives group 0 of every gate a fixed logit, ALWAYS, whatever the input.
+    `generator` draws the weights; `always_on` gives group 0 of every gate a fixed logit, ALWAYS, whatever the input,
+    and a lazy network evaluates it whatever is decided.
     """
 
     def __init__(
@@ -87,7 +88,8 @@ class Policy(nn.Module):
         logits: Tensor = self.gates[gate](self.pool(s) if self.pool and gate == 0 else s)
         if not self.always_on:
             return logits
-        return torch.cat([torch.full_like(logits[:, :1], ALWAYS), logits[:, 1:]], 1)
+        # The others stay below it, so that it comes first in every ranking.
+        return torch.cat([torch.full_like(logits[:, :1], ALWAYS), logits[:, 1:].clamp(max=ALWAYS - 1)], 1)
 
 
 class Decision(Protocol):

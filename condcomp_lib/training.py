@@ -21,6 +21,7 @@ from condcomp_lib.errors import UsageError, unknown
 from condcomp_lib.estimators import Reinforce, log_probability
 from condcomp_lib.fitting import Fitted, fit, plan
 from condcomp_lib.lazy import LazyNetwork, evaluate
+from condcomp_lib.oracle import Oracle
 from condcomp_lib.policies import Sample
 from condcomp_lib.runs import Outcome, Record, RunSpec, RunStore
 from condcomp_lib.sparsity import check_tau, sparsity_loss
@@ -29,6 +30,7 @@ from condcomp_lib.targets import ACTIVATIONS, MLP, hidden_widths, multiply_adds
 RECIPE = 1
 CONTROL_RECIPE = 1
 POLICY_RECIPE = 1
+MOST_WEIGHT = 1e4  # of the sparsity terms under a controller
 CACHE_BYTES = 2**30  # most that the frozen first layer's pre-activations may take
 TEMPERATURE = 2.0  # of both networks' scores in distillation
 
@@ -163,7 +165,8 @@ def policy_plan(
     L_b + L_e and L_v, and `training` as for `plan`.
 
     With `controller` above 0, `lambda_s` is only where its weight starts: after each minibatch it is multiplied by
-    exp(controller * (activity - tau)), so that the share of neurons evaluated, not only of groups, comes to tau.
+    exp(controller * (activity - tau)), so that the share of neurons evaluated, not only of groups, comes to tau. While
+    a policy is saturated the weight winds up, to MOST_WEIGHT at most, and then holds groups close to tau.
 
     >>> policy_plan(epochs=5)["tau"]
     0.25
@@ -173,6 +176,8 @@ def policy_plan(
     for name, value in (("lambda_s", lambda_s), ("lambda_v", lambda_v), ("controller", controller)):
         if not 0 <= value < math.inf:
             raise UsageError(f"{name} must be a number of at least 0, not {value}")
+    if controller and not lambda_s:
+        raise UsageError("a controller multiplies lambda_s, which must then start above 0")
     estimator = {"estimator": "reinforce", "baseline": baseline}
     sparsity = {"tau": tau, "lambda_s": lambda_s, "lambda_v": lambda_v}
     return {**estimator, **sparsity, **({"controller": controller} if controller else {}), **plan(**training)}
@@ -212,7 +217,7 @@ def train_policy(
         sparsity = sparsity_loss(found.logits.sigmoid(), settings["tau"], lambda_s, settings["lambda_v"])
         if "controller" in settings:
             over = lazy.partition.activity(found.mask).mean().item() - settings["tau"]
-            lambda_s *= math.exp(settings["controller"] * over)
+            lambda_s = min(MOST_WEIGHT, lambda_s * math.exp(min(1.0, settings["controller"] * over)))
         return estimator.loss(costs, log_probability(found.logits, found.mask)) + sparsity
 
     def score() -> float:
@@ -232,6 +237,8 @@ def check_learnable(lazy: LazyNetwork, examples: int, settings: Mapping[str, Any
     if examples % settings["batch"] == 1 and needs:
         raise UsageError(f"{examples} examples in batches of {settings['batch']} leave a last batch of one, for "
                          f"which {needs[0]} says nothing; choose another batch")  # fmt: skip
+    if isinstance(lazy.policy, Oracle):
+        raise UsageError("an oracle has nothing to learn; give it a lazy network with a Policy")
     if not isinstance(lazy.decision, Sample):
         raise UsageError(f"REINFORCE learns from sampled masks, not from a {type(lazy.decision).__name__}; give it a "
                          "lazy network that decides by Sample")  # fmt: skip

@@ -11,8 +11,12 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from condcomp_lib.errors import UsageError
-from condcomp_lib.partitions import make_partition
-from condcomp_lib.policies import Blind, Budget, Policy, Pool, Sample, Threshold, asked_by_gate, level_for
+from condcomp_lib.estimators import log_probability
+from condcomp_lib.lazy import LazyNetwork, calibrated, evaluate
+from condcomp_lib.partitions import SCOPES, make_partition
+from condcomp_lib.policies import ALWAYS, Blind, Budget, Policy, Pool, Sample, Threshold, asked_by_gate, level_for
+from condcomp_lib.sparsity import sparsity_loss
+from condcomp_lib.targets import MLP
 
 
 def seeded(seed=0):
@@ -289,3 +293,77 @@ def test_blind_draws_come_at_their_rates_whatever_the_input():
     spread = np.sqrt(expected * (1 - np.array([0.1, 0.5])))
     assert (np.abs(hits - expected) < 4 * spread).all()
     assert torch.equal(mask, Blind((rates,), seeded())(torch.full((count, 4), 1e9), 0))
+
+
+either_scope = pytest.mark.parametrize("scope", SCOPES)
+
+
+def with_always_on(scope, pool=None):
+    """A lazy network whose policy always evaluates group 0, and the same policy without that."""
+    partition = make_partition("balanced", [8, 9], 4, seeded(), scope)
+    policy, plain = (Policy(partition, 16, pool, seeded(1), always_on=on) for on in (True, False))
+    return LazyNetwork(MLP(16, (8, 9), 3, generator=seeded()), partition, policy, Sample(seeded(2))), plain
+
+
+def of_each_gate(bits):
+    return bits.split(4, 1)
+
+
+@pytest.mark.parametrize("pool", [None, Pool((1, 4, 4), 2)], ids=["whole", "pooled"])
+@either_scope
+def test_an_always_on_group_has_a_fixed_logit_and_leaves_the_others_as_they_are(scope, pool):
+    lazy, plain = with_always_on(scope, pool)
+    for gate, read in enumerate(lazy.policy.reads()):
+        s = normal(20, read)
+        logits = lazy.policy.logits(gate, s)
+        assert (logits[:, 0] == ALWAYS).all()
+        assert (logits[:, 0].sigmoid() == 1).all()
+        assert torch.equal(logits[:, 1:], plain.logits(gate, s)[:, 1:])
+    assert (lazy.policy.bits, lazy.policy.reads()) == (plain.bits, plain.reads())
+
+
+@either_scope
+def test_an_always_on_group_is_evaluated_however_a_mask_is_decided(scope):
+    lazy, x = with_always_on(scope)[0], normal(5000, 16)
+    gates = len(lazy.policy.gates)
+    decisions = [lazy.decision, Threshold.at(0.5, lazy.policy), Threshold.at(0.99, lazy.policy)]
+    decisions += [Budget((count,) * gates) for count in (1, 2, 4)]
+    decisions += [calibrated(lazy, x, asked).decision for asked in (0.25, 0.3, 0.6, 1)]
+    for decision in decisions:
+        mask = evaluate(LazyNetwork(lazy.target, lazy.partition, lazy.policy, decision), x).mask
+        assert all(bits[:, 0].all() for bits in of_each_gate(mask))
+
+
+@either_scope
+def test_an_always_on_group_adds_nothing_to_log_probabilities_and_takes_no_gradient(scope):
+    lazy = with_always_on(scope)[0]
+    found = lazy.evaluate(normal(50, 16))
+    chances = log_probability(found.logits, found.mask)
+    others = torch.ones(found.logits.shape[1], dtype=torch.bool)
+    others[::4] = False
+    torch.testing.assert_close(chances, log_probability(found.logits[:, others], found.mask[:, others]))
+    sparsity = sparsity_loss(found.logits.sigmoid(), 0.25, 1.0, 0.5)
+    assert chances.isfinite().all()
+    assert sparsity.isfinite()
+    (chances.sum() + sparsity).backward()
+    for gate in lazy.policy.gates:
+        assert not gate.weight.grad[0].any()
+        assert gate.bias.grad[0] == 0
+        assert gate.bias.grad[1:].all()
+
+
+@pytest.mark.parametrize("scope", ["network", "layer"])
+def test_an_always_on_group_cannot_be_outranked_or_thresholded_away(scope):
+    generator = torch.Generator().manual_seed(0)
+    target = MLP(6, (8, 8), 3, generator=generator)
+    partition = make_partition("balanced", target.hidden, 4, generator, scope)
+    policy = Policy(partition, 6, generator=generator, always_on=True)
+    with torch.no_grad():
+        for gate in policy.gates:
+            gate.weight.mul_(1e4)
+    x = torch.randn(50, 6, generator=generator)
+    lazy = LazyNetwork(target, partition, policy, Budget((1,) * len(policy.gates)))
+    for network in (lazy, calibrated(lazy, x, 0.05), calibrated(lazy, x, 0.3)):
+        mask = network.evaluate(x).mask
+        assert mask[:, :: partition.groups].all()
+    assert lazy.evaluate(x).mask.sum(1).eq(len(policy.gates)).all()

@@ -18,7 +18,7 @@ from condcomp_lib.datasets import Split
 from condcomp_lib.errors import UsageError
 from condcomp_lib.fitting import OPTIMISERS, SCHEDULES, TrainingError, fit, plan
 from condcomp_lib.lazy import LazyNetwork, decided_by, evaluate
-from condcomp_lib.partitions import make_partition
+from condcomp_lib.partitions import Partition, make_partition
 from condcomp_lib.policies import Policy, Sample, Threshold
 from condcomp_lib.pretraining import PRETRAINING
 from condcomp_lib.runs import RunStore
@@ -521,3 +521,81 @@ def test_a_control_does_not_change_its_target(data, tmp_path):
     obtain_control(target, trained, 300, data, RunStore(tmp_path), epochs=1)
     assert same(before, target.state_dict())
     assert all(weight.grad is None for weight in target.parameters())
+
+
+@pytest.mark.parametrize("rescale", ["none", "sigma"])
+@pytest.mark.parametrize("scope", ["network", "layer"])
+def test_a_first_layer_that_is_known_already_gives_the_identical_policy(scope, rescale, trained, data):
+    policy, curve = quick(trained, data, scope=scope, rescale=rescale)
+    lazy = lazy_net(trained, scope=scope, rescale=rescale)
+    known = first_layer(trained, torch.from_numpy(data.train.x), 2**30)
+    assert train_policy(lazy, data, policy_settings(), seeded(), first=known) == curve
+    assert same(policy, lazy.policy.state_dict())
+    other = lazy_net(trained, scope=scope, rescale=rescale)
+    train_policy(other, data, policy_settings(), seeded(), first=-known)
+    assert not same(policy, other.policy.state_dict())
+
+
+@pytest.mark.parametrize("batch", [2048, 100])
+@pytest.mark.parametrize("scope", ["network", "layer"])
+def test_evaluation_with_a_known_first_layer_is_the_same(scope, batch, trained, data):
+    x = torch.from_numpy(data.valid.x)
+    lazy = lazy_net(trained, scope=scope)
+    lazy = decided_by(lazy, Threshold.at(0.5, lazy.policy))
+    plain, known = evaluate(lazy, x, batch=batch), evaluate(lazy, x, first_layer(trained, x, 2**30), batch)
+    assert torch.equal(plain.mask, known.mask)
+    torch.testing.assert_close(known.scores, plain.scores)
+    torch.testing.assert_close(known.logits, plain.logits)
+    shifted = evaluate(lazy, x, first_layer(trained, x, 2**30) + 1, batch)
+    assert not torch.allclose(shifted.scores, plain.scores)
+
+
+def test_without_a_controller_policy_plans_are_what_they_were():
+    assert policy_plan(controller=0) == policy_plan(controller=0.0) == policy_plan()
+    assert "controller" not in policy_plan()
+    assert policy_plan(controller=0.1) == {**policy_plan(), "controller": 0.1}
+
+
+def test_a_controller_needs_a_weight_to_multiply():
+    with pytest.raises(UsageError, match="a controller multiplies lambda_s, which must then start above 0"):
+        policy_plan(controller=0.1, lambda_s=0.0)
+
+
+@pytest.mark.parametrize("controller", [-0.1, math.nan, math.inf])
+def test_a_controller_that_is_no_number_of_at_least_0_is_refused(controller):
+    with pytest.raises(UsageError, match=f"^controller must be a number of at least 0, not {controller}$"):
+        policy_plan(controller=controller)
+
+
+def with_a_large_group(lazy):
+    """The same network with half of all neurons in its first group, and few in each of the others."""
+    groups = (torch.arange(32) - 16).clamp(min=0) * 7 // 16 + (torch.arange(32) >= 16)
+    return LazyNetwork(lazy.target, Partition((groups,) * 2, 8), lazy.policy, lazy.decision)
+
+
+def test_the_controller_follows_the_share_of_neurons_above_tau(trained, data, monkeypatch):
+    used, masks = [], []
+    known = training.sparsity_loss, training.log_probability
+    monkeypatch.setattr(training, "sparsity_loss", lambda *given: used.append(given[2]) or known[0](*given))
+    monkeypatch.setattr(training, "log_probability", lambda *given: masks.append(given[1]) or known[1](*given))
+    lazy = with_a_large_group(lazy_net(trained))
+    train_policy(lazy, data, policy_settings(tau=0.3, lambda_s=0.5, controller=0.1), seeded())
+    expected, sizes = [0.5], lazy.partition.sizes.tolist()
+    for mask in masks:
+        evaluated = [sum(size for size, bit in zip(sizes, row, strict=True) if bit) for row in mask.tolist()]
+        expected.append(expected[-1] * math.exp(0.1 * (sum(evaluated) / len(evaluated) / 64 - 0.3)))
+    assert sizes[0] == 32
+    assert len(used) == len(masks) == 34
+    assert used == pytest.approx(expected[:-1])
+
+
+@pytest.mark.parametrize(("uneven", "tau"), [(False, 0.2), (False, 0.6), (True, 0.3)])
+def test_a_controller_brings_activity_to_tau_where_lambda_is_too_weak(uneven, tau, trained, data):
+    off = []
+    for controller in (0.0, 0.3):
+        lazy = lazy_net(trained)
+        lazy = with_a_large_group(lazy) if uneven else lazy
+        settings = policy_settings(epochs=10, tau=tau, lambda_s=0.02, controller=controller, learning_rate=0.02)
+        train_policy(lazy, data, settings, seeded())
+        off.append(abs(judged(lazy, data.valid)[2] - tau))
+    assert off[1] < 0.05 < 0.3 < off[0]

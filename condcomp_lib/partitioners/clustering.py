@@ -110,6 +110,9 @@ def weight_partition(target: MLP, groups: int, generator: torch.Generator, scope
     if groups > min(target.hidden):
         raise UsageError(f"clusters of weights are made layer by layer: groups must be at most the "
                          f"{min(target.hidden)} neurons of the smallest layer, not {groups}")  # fmt: skip
+    for name, parameter in target.named_parameters():
+        if not parameter.isfinite().all():
+            raise UsageError(f"the target's {name} holds a number that is not finite; train it again")
     membership: list[Tensor] = []
     for layer, counts in zip(target.linears[:-1], capacity, strict=True):
         weight = layer.weight.detach()
@@ -161,7 +164,7 @@ def spectral_partition(
 
 
 def _leading(graph: np.ndarray, count: int) -> np.ndarray:
-    """The `count` leading eigenvectors (nodes x count) of the normalised adjacency; zeros for isolated nodes."""
+    """The `count` leading eigenvectors (nodes x count) of the normalised adjacency."""
     degree = graph.sum(1)
     scale = np.divide(1, np.sqrt(degree), out=np.zeros_like(degree), where=degree > 0)
     nodes = len(graph)

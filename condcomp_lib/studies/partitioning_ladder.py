@@ -120,6 +120,7 @@ def compute(spec: RunSpec, artefacts: RunStore) -> Outcome:
     result: dict[str, Any] = {"target_accuracy": full, "rungs": rows}
     for row in rows:
         row["ratio"] = row["accuracy"] / full
+    result["ratios"] = [row["ratio"] for row in rows]
     cited = {"target": trained.cite()}
     for row in rows:
         wanted, seed = row.pop("multiply_adds"), settings["target_seed"]
@@ -323,5 +324,5 @@ STUDY = studies.Study(
     answers=answers,
     claims=claims,
     promises=promises,
-    audited=("target_accuracy",),
+    audited=("target_accuracy", "ratios"),
 )

@@ -302,7 +302,8 @@ def findings(records: Sequence[Record]) -> str:
     for kind in kinds(records):
         ways = of_kind(records, kind)
         for way in (PUBLISHED_WAY, HELD, LED):
-            groups = ways[way]
+            if not (groups := ways[way]):
+                continue
             scores = {name: over_runs(group, lambda r: r["accuracy_ratio"]) for name, group in groups.items()}
             ranked = sorted(scores, key=lambda name: -scores[name].estimate)
             best = "; ".join(f"{name} {scores[name].format(2)}" for name in ranked[:3])

@@ -78,7 +78,8 @@ def across_kinds(records: Sequence[Record], partitioners: Sequence[str]) -> list
     rows = []
     for kind in kinds(records):
         for way in (HELD, LED):
-            groups = of_kind(records, kind)[way]
+            if not (groups := of_kind(records, kind)[way]):
+                continue
             row: dict[str, Any] = {"target": label(kind), "policy": way}
             for name in partitioners:
                 row[name] = over_runs(groups[name], lambda r: r["accuracy_ratio"]) if name in groups else ""
