@@ -121,16 +121,18 @@ def digit(image: np.ndarray, title: str, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def over_epochs(groups: Mapping[str, np.ndarray], ax: Axes | None = None, x: Sequence[float] | None = None) -> Axes:
+def over_epochs(
+    groups: Mapping[str, np.ndarray], ax: Axes | None = None, x: Sequence[float] | None = None, start: int = 1
+) -> Axes:
     """One line per label, every run as a thin line behind the mean.
 
-    `groups` maps a label to values (runs x points); `x` are the points' positions, by default epochs 1, 2, ...
+    `groups` maps a label to values (runs x points); `x` are the points' positions, by default epochs from `start` on.
     """
     ax = ax or plt.subplots()[1]
     colours = (GREY, BLUE, VERMILION, ORANGE, GREEN, PURPLE, SKY)
     for index, (label, values) in enumerate(groups.items()):
         colour, line = colours[index % len(colours)], "-" if index < len(colours) else "--"
-        points = np.arange(1, values.shape[1] + 1) if x is None else np.asarray(x)
+        points = np.arange(start, start + values.shape[1]) if x is None else np.asarray(x)
         for run in values:
             ax.plot(points, run, line, color=colour, alpha=0.35, linewidth=0.7)
         ax.plot(points, values.mean(0), line, color=colour, linewidth=1.8, label=label)

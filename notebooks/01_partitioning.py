@@ -15,16 +15,17 @@
 # # Partitioning: cut a trained network into groups
 #
 # *partitions* takes a network that is already trained, cuts its hidden neurons into groups, and learns a policy that
-# evaluates few groups for each input. This is the first part of the notebook on it: groups drawn **at random** and a
-# policy learned by **REINFORCE**, the baseline of the paper's sections 5.1 and 5.2. Cuts that look at the network come
-# next.
+# evaluates few groups for each input. First with groups drawn **at random** and a policy learned by **REINFORCE**, the
+# baseline of its sections 5.1 and 5.2; then with groups **learned** by bandits, contextual bandits and Gumbel-Softmax
+# (sections 2.1 to 2.3), **read off** the network by clustering, or **searched** by swaps, all under the same policy.
 #
 # - **What you will do**: build a lazy network on handwritten digits from its three parts, train its policy, count what
-#   an evaluation costs, and compare it with a small dense network of the same cost.
-# - **What you will learn**: what a random cut keeps of a network's accuracy, what dropout changes about that, and why
-#   an accuracy ratio says little without the activity and the control beside it.
+#   an evaluation costs, compare it with a small dense network of the same cost, and split it in fifteen ways.
+# - **What you will learn**: what each way to cut keeps of a network's accuracy, what dropout changes about that, which
+#   of activity, split and policy costs most, and why an accuracy ratio says little without the activity, a blind draw
+#   and the control beside it.
 # - **What you need**: `00_start_here`. No GPU, no download.
-# - **How long it takes**: fifteen minutes to read, under a minute to run.
+# - **How long it takes**: thirty minutes to read, a minute or two to run.
 
 # %%
 from IPython.display import Markdown, display
@@ -34,13 +35,26 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from condcomp_lib import claims, paths, plots, studies, tables
+from condcomp_lib.coactivation import coactivation, firing_patterns
 from condcomp_lib.estimators import Reinforce, log_probability
 from condcomp_lib.lazy import LazyNetwork, calibrated, evaluate
+from condcomp_lib.partitioners import search
+from condcomp_lib.partitioners.bandits import Bandits
+from condcomp_lib.partitioners.clustering import activation_partition
+from condcomp_lib.partitioners.contextual import ContextualBandits, contexts_of
+from condcomp_lib.partitioners.gumbel import straight_through
 from condcomp_lib.partitions import make_partition
 from condcomp_lib.policies import Policy, Sample
 from condcomp_lib.runs import RunStore
 from condcomp_lib.sparsity import sparsity_loss
-from condcomp_lib.studies import lazy_results, partitioning, targets
+from condcomp_lib.studies import (
+    lazy_results,
+    partitioning,
+    partitioning_ladder,
+    partitioning_splits,
+    split_results,
+    targets,
+)
 from condcomp_lib.training import obtain_control, obtain_target, policy_plan, train_policy
 
 plots.use_style()
@@ -324,6 +338,285 @@ tables.save_table(table, "partitioning_group_table", records, profile)
 display(Markdown(tables.markdown(table)))
 
 # %% [markdown]
+# ## Let the partition be learned
+#
+# So far the groups were drawn blindly. **Algorithm 1** of the paper learns them: propose a partition, train a fresh
+# policy on it until it converges, tell the partitioner what validation accuracy that gave, repeat. Every partitioner
+# here has the same three methods, `propose(generator)`, `update(partition, worth)` and `best()`, and `search` is that
+# loop. What differs is who decides about a neuron, and from what:
+#
+# - **One bandit per neuron** (section 2.1). Its actions are the $k$ groups; the worth is everybody's reward alike. Greedy
+#   with optimistic initial values, $\varepsilon$-greedy, or UCB1, which takes $\arg\max_a \bar r_a + \sqrt{2 \ln t / n_a}$.
+# - **One contextual bandit per layer** (section 2.2). It knows a neuron by its incoming weights $\mathbf{w}$ and predicts
+#   $Q(\mathbf{w}, a) = \hat\beta_a \cdot \mathbf{w}$, with $\hat\beta_a$ by ridge least squares over the neurons that were put
+#   into group $a$, so similar neurons tend to go together. With `"incoming+outgoing"` it knows the outgoing weights too,
+#   which the paper's discussion proposes.
+# - **Gumbel-Softmax** (section 2.3): a vector of preferences per neuron, learned by gradient together with the policy.
+#
+# Four trials of the loop on the digits network:
+
+
+# %%
+def worth(cut):
+    """Validation accuracy of a lazy network with this partition, its policy trained from scratch."""
+    fresh = Policy(cut, inputs=64, generator=generator)
+    network = LazyNetwork(target, cut, fresh, Sample(generator))
+    return train_policy(network, data, short, generator).accuracy[-1]
+
+
+short = policy_plan(tau=tau, batch=32, epochs=3, learning_rate=1e-2, schedule="constant")
+for name, partitioner in (
+    ("one UCB1 bandit per neuron", Bandits(target.hidden, groups, rule="ucb1")),
+    ("one contextual bandit per layer", ContextualBandits(contexts_of(target), groups)),
+):
+    trials = search(partitioner, worth, 4, generator)
+    spreads = [f"{trial.partition.sizes.double().std():.1f}" for trial in trials]
+    print(
+        f"{name}: worth {[round(trial.worth, 2) for trial in trials]}, s.d. of sizes {spreads}"
+    )
+
+# %% [markdown]
+# Gumbel-Softmax needs no trials. With preferences $\mu_i$ of neuron $i$ and Gumbel noise $g$,
+#
+# $$y_i = \mathrm{softmax}\Big(\frac{\mu_i + g}{\tau_g}\Big), \qquad \hat y_i = [\mathbb{1}_{\arg\max y_i} - y_i]_\text{const} + y_i ,$$
+#
+# the forward pass sees a hard choice and the backward pass the softmax. The neuron's mask is $\sum_j \hat y_{ij} M_j$.
+#
+# > **The paper says** (*partitions*, section 5.3): Gumbel partitions stay very random even late in training because the
+# > temperature is not scheduled, which may be why they do slightly worse than contextual bandits.
+#
+# In the straight-through form that cannot be the reason: $\arg\max_j (\mu_{ij} + g_j) / \tau_g$ is the same for every
+# temperature, so a schedule sharpens gradients but settles no draw. Shrinking the *noise* does. Both are tried below.
+
+# %% tags=["nbval-check-output"]
+mu = torch.randn(1000, groups, generator=torch.Generator().manual_seed(0), requires_grad=True)
+hot, cold, quiet = (
+    straight_through(mu, torch.Generator().manual_seed(1), temperature, noise)
+    for temperature, noise in ((1.0, 1.0), (0.1, 1.0), (1.0, 0.1))
+)
+preferred = mu.argmax(1)
+print("temperature 1 and 0.1 draw the same groups:", torch.equal(hot.argmax(1), cold.argmax(1)))
+for name, drawn in (("temperature 0.1", cold), ("noise x 0.1", quiet)):
+    share = (drawn.argmax(1) == preferred).double().mean()
+    print(f"{name}: {share:.0%} of the neurons are drawn into their preferred group")
+
+# %% [markdown]
+# ## Read the groups off the network
+#
+# Today's systems do not search; they cluster. Here all clusterings are **balanced**: every group gets its even share of
+# every layer (the assignment under these capacities is solved exactly), so that any two groups cost the same.
+#
+# - **k-means** on incoming weights of length one, layer by layer; clusters of neighbouring layers are then matched.
+# - **Coactivation**: k-means on the neurons' firing patterns over some thousand training examples, all layers together.
+# - **Spectral**: leading eigenvectors of the coactivation graph $c_{ij} = \mathrm{E}[\mathbb{1}(h_i > 0)\,\mathbb{1}(h_j > 0)]$.
+# - **Always-on**: group 0 holds the neurons that fire most often and is always evaluated, the others as by coactivation.
+#
+# And the search baseline that the authors' retrospective asks for: **local search** swaps two neurons and keeps the swap
+# when the loss on fixed minibatches falls, under masks that stay as they are; **simulated annealing** also accepts some
+# swaps that raise it.
+#
+# The coactivation of the digits network, neurons in their own order and by group; black is 1:
+
+# %%
+patterns = firing_patterns(target, torch.from_numpy(data.train.x))
+split = activation_partition(patterns, target.hidden, groups, torch.Generator().manual_seed(0))
+fig, axes = plt.subplots(1, 2, figsize=(7, 3.4))
+c = coactivation(patterns).numpy()
+by_group = torch.cat(split.membership).argsort(stable=True).numpy()
+for ax, order, title in (
+    (axes[0], range(len(c)), "layer 1, then layer 2"),
+    (axes[1], by_group, f"by the {groups} groups of the split"),
+):
+    ax.imshow(c[order][:, order], cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
+    ax.set(title=title, xlabel="neuron", ylabel="neuron")
+    ax.grid(visible=False)
+plt.show()
+
+# %% [markdown]
+# ## Try all of them on digits
+#
+# Computed here and now: one target trained with dropout, every partitioner with a few trials, and the same policy
+# training on what it found. "As published" samples masks at a fixed $\lambda_s$, whatever activity results. "Held to 25%"
+# calibrates a threshold of that same policy. "Led to 25%" multiplies $\lambda_s$ after each minibatch by
+# $e^{0.05\,(\text{activity} - 0.25)}$, so that the policy *learns* at a quarter of the neurons, however large the groups
+# are, and then calibrates. One seed of 360 digits: look at it, conclude nothing.
+
+# %%
+live = studies.run("partitioning-splits", "quick", progress=False)
+rows = split_results.summary(live, partitioning_splits.DIGITS)
+shown = ["partitioner", "ratio, as published", "its activity"]
+shown += ["ratio, held to 25%", "ratio, led to 25%", "blind ratio, led"]
+table = tables.frame(rows, digits=2)[shown].map(lambda text: text.replace(" (one run)", ""))
+print(table.to_string(index=False))
+
+# %% [markdown]
+# ## Split networks trained on SVHN
+
+# %%
+display(Markdown(partitioning_splits.setup(profile)))
+
+# %% [markdown]
+# First the target of section 5.2, trained with random dropout rates, with kept activations rescaled. Points are runs, a
+# bar is their mean, the grey line is the random split. A cross is a **blind draw** of the same groups as often; what lies
+# right of it is what the policy adds. The green line is the dense control of equal compute; percentages are activity.
+
+# %%
+splits = studies.records("partitioning-splits", profile)
+main_kind = split_results.kinds(splits)[0]
+ratios = split_results.ratios(splits, main_kind)
+fig, axes = plt.subplots(
+    1, 3, figsize=(11, 0.9 + 0.27 * len(partitioning_splits.PARTITIONERS)), sharey=True
+)
+for ax, (way, rows) in zip(axes, ratios.items(), strict=True):
+    plots.split_ratios(rows, ax, activity=True)
+    ax.set_title(way)
+fig.suptitle(lazy_results.label(main_kind), fontsize=10)
+fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+plots.save_figure(fig, "splits_ratios", splits, profile)
+plt.show()
+
+# %% tags=["nbval-check-output"]
+table = tables.frame(split_results.summary(splits, main_kind))
+tables.save_table(table, "splits_table", splits, profile)
+display(Markdown(tables.markdown(table)))
+
+# %% [markdown]
+# Then some of them, led to 25%, on targets that differ in size, data and training. A random group is a small copy of the whole
+# layer; a cluster is a part of it that some inputs need and others do not. So a target that was trained to stand random
+# gaps favours random groups, and one that was not favours clusters.
+
+# %%
+every_kind = split_results.kinds(splits)
+columns = min(3, len(every_kind))
+lines = -(-len(every_kind) // columns)
+fig, axes = plt.subplots(
+    lines, columns, figsize=(3.6 * columns, 2.0 * lines + 0.6), sharey=True, squeeze=False
+)
+for ax, kind in zip(axes.flat, every_kind, strict=False):
+    rows = split_results.ratios(splits, kind)[split_results.LED]
+    plots.split_ratios({name: rows[name] for name in partitioning_splits.CHEAP}, ax)
+    ax.set_title(lazy_results.label(kind).replace(", ", "\n", 1), fontsize=9)
+for ax in axes.flat[len(every_kind) :]:
+    ax.set_visible(False)
+fig.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+plots.save_figure(fig, "splits_kinds", splits, profile)
+plt.show()
+
+# %% [markdown]
+# ## Follow the contextual bandit
+#
+# > **The paper says** (*partitions*, section 5.2): one lazy epoch takes the validation accuracy of 3x800 from 79.62% with a
+# > random partition (35% active) to 87.5% (54.3% active), and no later one changes it by more than 1.5 points; the groups'
+# > activity spreads, and so do their sizes. On 2x200 without dropout accuracy rises from 25.45% over 27.96% to 48.78% at
+# > the tenth lazy epoch.
+#
+# Lazy epoch 0 is a random partition; exploration falls from $\varepsilon$ = 0.8 to 0.1 over ten lazy epochs and stays
+# there for ten more. Each lazy epoch trains a new policy until it converges. Plain bandits are shown for comparison, one
+# search a target. Diamonds are the published values.
+
+# %%
+small_kinds = [
+    kind for kind in (main_kind, partitioning.SMALL) if split_results.trajectories(splits, kind)
+]
+fig, axes = plt.subplots(
+    len(small_kinds), 4, figsize=(11, 0.6 + 2.7 * len(small_kinds)), squeeze=False
+)
+for line, kind in zip(axes, small_kinds, strict=True):
+    tracked = split_results.trajectories(splits, kind)
+    for ax, (field, what) in zip(line, split_results.SHOWN.items(), strict=True):
+        scale = 1 if field in ("ratio", "sd_of_size") else 100
+        curves = {name: scale * values[field] for name, values in tracked.items()}
+        plots.over_epochs(curves, ax, start=0)
+        if profile == "paper":
+            plots.published_points(partitioning_splits.published_track(kind, field), ax)
+        ax.set(xlabel="lazy epoch", title=what)
+    line[0].set_ylabel(lazy_results.label(kind).replace(", ", "\n", 1), fontsize=8.5)
+fig.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
+plots.save_figure(fig, "splits_trajectories", splits, profile)
+plt.show()
+
+# %% [markdown]
+# ## Schedule the Gumbel-Softmax
+#
+# Policy and preferences trained together; accuracy and activity on validation data with partitions and masks drawn.
+
+# %%
+joint = split_results.joint_curves(splits, main_kind)
+fig, axes = plt.subplots(1, 2, figsize=(9, 3.2))
+plots.over_epochs({name: curve for name, (curve, _) in joint.items()}, axes[0])
+plots.over_epochs({name: 100 * curve for name, (_, curve) in joint.items()}, axes[1])
+axes[0].set(xlabel="epoch of joint training", ylabel="accuracy ratio, validation")
+axes[1].set(xlabel="epoch of joint training", ylabel="activity (%)", ylim=(0, 100))
+axes[0].legend(loc="lower right")
+plots.save_figure(fig, "splits_gumbel", splits, profile)
+plt.show()
+
+# %% [markdown]
+# ## Weigh the groups
+#
+# The paper's worry was imbalance: a group that holds most neurons and is evaluated often. Each dot is a group of a run.
+
+# %%
+use = split_results.use_of_groups(splits, main_kind)
+columns = 5
+lines = -(-len(use) // columns)
+fig, axes = plt.subplots(
+    lines, columns, figsize=(11, 2.1 * lines), sharex=True, sharey=True, squeeze=False
+)
+for ax, (name, (shares, rates)) in zip(axes.flat, use.items(), strict=False):
+    plots.group_use(shares, rates, ax)
+    ax.set(title=name, xlabel="")
+    ax.title.set_fontsize(9)
+for ax in axes[-1]:
+    ax.set_xlabel("share of neurons (%)")
+for ax in axes[:, 0]:
+    ax.set_ylabel("evaluated on (%)")
+fig.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+plots.save_figure(fig, "splits_groups", splits, profile)
+plt.show()
+
+# %% tags=["nbval-check-output"]
+table = tables.frame(split_results.size_summary(splits, main_kind))
+tables.save_table(table, "splits_size_table", splits, profile)
+display(Markdown(tables.markdown(table)))
+
+# %% [markdown]
+# ## Climb the oracle ladder
+#
+# Which part holds a lazy network back? An **oracle** computes everything, ranks the groups of a layer by what they add to
+# the next layer, $|\sum_{i \in H_j} h_i \mathbf{w}_i|$, and evaluates the highest. Let single neurons be the groups, and only the
+# *activity* costs; real groups, and the *split* costs as well; a learned policy instead of the oracle adds what the
+# *policy* costs. Groups belong to one layer here, and the policy of a layer reads the masked layer below, the first one
+# an averaged picture. The ranking is a good one, not the best there could be: a learned policy may pass it.
+
+# %%
+climbed = studies.records("partitioning-ladder", profile)
+ladder = partitioning_ladder.lines(climbed)
+fig, axes = plt.subplots(
+    1, len(ladder), figsize=(max(8.0, 5.2 * len(ladder)), 4.4), squeeze=False
+)
+for ax, (kind, rungs) in zip(axes[0], ladder.items(), strict=True):
+    plots.ladder(rungs, ax)
+    ax.set_title(f"{kind}\n25% of every layer", fontsize=9.5)
+fig.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+plots.save_figure(fig, "ladder", climbed, profile)
+plt.show()
+
+# %% tags=["nbval-check-output"]
+table = tables.frame(partitioning_ladder.summary(climbed))
+tables.save_table(table, "ladder_table", climbed, profile)
+display(Markdown(tables.markdown(table)))
+
+# %% [markdown]
+# The same quarter of the neurons can be spread unevenly over the layers, more of them in the first. But the first layer
+# carries most of the multiply-adds, so the even budget is also shown at the compute of the uneven one.
+
+# %% tags=["nbval-check-output"]
+table = tables.frame(partitioning_ladder.budget_summary(climbed))
+tables.save_table(table, "ladder_budget_table", climbed, profile)
+display(Markdown(tables.markdown(table)))
+
+# %% [markdown]
 # ## Judge the claims
 #
 # With three targets an interval reaches about from the lowest to the highest of them, so a verdict says little more than
@@ -331,7 +624,13 @@ display(Markdown(tables.markdown(table)))
 
 # %% tags=["nbval-check-output"]
 judged = claims.check_verdicts(
-    [*targets.claims(trained_targets), *partitioning.claims(records)], profile
+    [
+        *targets.claims(trained_targets),
+        *partitioning.claims(records),
+        *partitioning_splits.claims(splits),
+        *partitioning_ladder.claims(climbed),
+    ],
+    profile,
 )
 claim_table = tables.frame(tables.claim_rows(judged))
 display(
@@ -353,6 +652,8 @@ display(Markdown(tables.markdown(here)))
 
 # %%
 display(Markdown(partitioning.findings(records, trained_targets)))
+display(Markdown(partitioning_splits.findings(splits)))
+display(Markdown(partitioning_ladder.findings(climbed)))
 
 # %% [markdown]
 # ## What differs from the paper
