@@ -32,8 +32,6 @@ class Partition:
     scope: str = "network"
 
     def __post_init__(self) -> None:
-        if self.scope not in SCOPES:
-            raise unknown("scope", self.scope, SCOPES)
         check_groups([len(groups) for groups in self.membership], self.groups, self.scope)
         for number, groups in enumerate(self.membership, 1):
             if groups.dtype != torch.int64 or groups.ndim != 1:
@@ -91,6 +89,8 @@ def _outside(groups: Tensor, count: int) -> int:
 
 def check_groups(widths: Sequence[int], groups: int, scope: str) -> None:
     """Raise UsageError unless neurons of these layers can be put into that many groups."""
+    if scope not in SCOPES:
+        raise unknown("scope", scope, SCOPES)
     if not widths or min(widths) < 1:
         raise UsageError(f"a partition needs hidden layers of at least one neuron each, not widths {list(widths)}")
     most = sum(widths) if scope == "network" else min(widths)
@@ -113,8 +113,6 @@ def make_partition(
     """
     if kind not in KINDS:
         raise unknown("partition", kind, KINDS)
-    if scope not in SCOPES:
-        raise unknown("scope", scope, SCOPES)
     check_groups(widths, groups, scope)
     if kind == "random":
         draws = [torch.randint(groups, (width,), generator=generator) for width in widths]

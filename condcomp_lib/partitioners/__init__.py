@@ -78,8 +78,10 @@ def check_worth(worth: float) -> float:
     return worth
 
 
-def check_cut(partition: Partition, widths: Sequence[int], groups: int) -> None:
-    """Raise UsageError unless `partition` cuts layers of these widths into so many groups."""
+def check_cut(partition: Partition, widths: Sequence[int], groups: int, scope: str) -> None:
+    """Raise UsageError unless `partition` cuts layers of these widths into so many groups, in that scope."""
+    if partition.scope != scope:
+        raise UsageError(f"this partitioner makes partitions of scope {scope!r}, not {partition.scope!r}")
     if partition.widths != tuple(widths) or partition.groups != groups:
         raise UsageError(f"this partitioner cuts layers of {list(widths)} neurons into {groups} groups, not layers of "
                          f"{list(partition.widths)} into {partition.groups}")  # fmt: skip

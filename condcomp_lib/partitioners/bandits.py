@@ -46,7 +46,9 @@ class Bandits:
         check_groups(widths, groups, scope)
         self.widths, self.groups, self.scope = tuple(widths), groups, scope
         self.rule, self.epsilon = rule, epsilon
-        self.initial = {"greedy": 1.0}.get(rule, 0.0) if initial is None else check_worth(initial)
+        if initial is not None and not math.isfinite(initial):
+            raise UsageError(f"the initial value must be a finite number, not {initial}")
+        self.initial = {"greedy": 1.0}.get(rule, 0.0) if initial is None else initial
         self.trials = 0
         self.counts = torch.zeros(sum(widths), groups, dtype=torch.float64)
         self.sums = torch.zeros(sum(widths), groups, dtype=torch.float64)
@@ -62,7 +64,7 @@ class Bandits:
     def update(self, partition: Partition, worth: float) -> None:
         """See `Partitioner`."""
         check_worth(worth)
-        check_cut(partition, self.widths, self.groups)
+        check_cut(partition, self.widths, self.groups, self.scope)
         pulled = torch.nn.functional.one_hot(torch.cat(partition.membership), self.groups).double()
         self.counts += pulled
         self.sums += worth * pulled
@@ -95,5 +97,7 @@ def first_of_best(values: Tensor, generator: torch.Generator) -> Tensor:
 
 def explored(chosen: Tensor, groups: int, epsilon: float, generator: torch.Generator) -> Tensor:
     """`chosen` (int64, neurons) with each entry replaced by a random group with probability `epsilon`."""
+    if not 0 <= epsilon <= 1:
+        raise UsageError(f"epsilon must be between 0 and 1, not {epsilon}")
     random = torch.randint(groups, chosen.shape, generator=generator)
     return torch.where(torch.rand(chosen.shape, generator=generator) < epsilon, random, chosen)

@@ -17,7 +17,7 @@ CONTEXTS = ("incoming", "incoming+outgoing")
 
 
 def falling(first: float = 0.8, last: float = 0.1, span: int = 10) -> Callable[[int], float]:
-    """The exploration of section 5.2: `first` after the first trial, falling evenly to `last` over `span` trials.
+    """The exploration of section 5.2: `first` after the first trial, falling evenly to `last` after `span` of them.
 
     >>> [round(falling()(trial), 2) for trial in (1, 5, 10, 20)]
     [0.8, 0.49, 0.1, 0.1]
@@ -34,6 +34,10 @@ class ContextualBandits:
 
     A proposal gives each neuron its group of the highest Q, or with probability epsilon a random one; the first is
     random throughout. Groups nobody was put into have Q = 0.
+
+    The ridge shrinks Q towards 0. So where every worth is positive, as accuracies are, what was tried most looks best
+    and the bandits settle early, as in the paper; where a worth is counted from a level that good partitions reach
+    (negative below it), failures lose to what was tried less, and planted groups are found.
 
     The equations are solved in their dual form: with K = W W^T the products of the contexts of a layer, the predictions
     of group a for all neurons are K[:, s] (K[s, s] + ridge D^-1)^-1 r, where s are the neurons that were in it, D how
@@ -62,6 +66,9 @@ class ContextualBandits:
         if not 0 < ridge < float("inf"):
             raise UsageError(f"the ridge must be a number above 0, not {ridge}")
         for number, context in enumerate(contexts, 1):
+            if context.ndim != 2:
+                raise UsageError(f"the contexts of layer {number} must be neurons x features, not of shape "
+                                 f"{list(context.shape)}")  # fmt: skip
             if not context.isfinite().all():
                 raise UsageError(f"the contexts of layer {number} hold a number that is not finite")
         self.groups, self.ridge, self.scope = groups, ridge, scope
@@ -82,7 +89,7 @@ class ContextualBandits:
     def update(self, partition: Partition, worth: float) -> None:
         """See `Partitioner`."""
         check_worth(worth)
-        check_cut(partition, self.widths, self.groups)
+        check_cut(partition, self.widths, self.groups, self.scope)
         self.trials += 1
         for layer, groups in enumerate(partition.membership):
             pulled = one_hot(groups, self.groups).double()

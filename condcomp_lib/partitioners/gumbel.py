@@ -12,7 +12,7 @@ from condcomp_lib.errors import UsageError, unknown
 from condcomp_lib.estimators import Reinforce, log_probability
 from condcomp_lib.fitting import fit
 from condcomp_lib.lazy import LazyNetwork, evaluate
-from condcomp_lib.partitioners import check_worth
+from condcomp_lib.partitioners import check_cut, check_worth
 from condcomp_lib.partitions import Partition, check_groups
 from condcomp_lib.sparsity import sparsity_loss
 from condcomp_lib.training import PolicyCurve, check_learnable, hits
@@ -116,12 +116,17 @@ def train_gumbel(
     gradient of the lazy network's loss through the straight-through draws. Neither is told how many neurons a group
     holds, so nothing keeps the groups balanced, as in the paper.
 
-    Arguments: `settings` as from `policy_plan`, with "gumbel" one of SCHEDULES; `generator` shuffles and draws;
-    `first` the first layer's pre-activations of the training data (float32, examples x neurons) where known.
+    Arguments: `settings` as from `policy_plan`, with "gumbel" one of SCHEDULES ("constant" if not given); `generator`
+    shuffles and draws; `first` the first layer's pre-activations of the training data (float32, examples x neurons)
+    where known.
     Returns accuracy and activity on validation data after each epoch, partitions and masks drawn.
     """
-    if settings["gumbel"] not in SCHEDULES:
-        raise unknown("Gumbel schedule", settings["gumbel"], SCHEDULES)
+    schedule = settings.get("gumbel", "constant")
+    if schedule not in SCHEDULES:
+        raise unknown("Gumbel schedule", schedule, SCHEDULES)
+    check_cut(lazy.partition, [len(mu) for mu in gumbel.preferences], gumbel.groups, gumbel.scope)
+    if "controller" in settings:
+        raise UsageError("Gumbel-Softmax is trained with a fixed lambda_s; leave the controller out")
     if lazy.rescale == "sigma":
         raise UsageError('Gumbel-Softmax takes rescale "none" or "activity", not "sigma"')
     examples = min(len(data.train), settings.get("epoch_examples", len(data.train)))
@@ -133,7 +138,7 @@ def train_gumbel(
 
     def loss(rows: Tensor) -> Tensor:
         nonlocal step
-        drawn = gumbel.draw(generator, *SCHEDULES[settings["gumbel"]](step / steps))
+        drawn = gumbel.draw(generator, *SCHEDULES[schedule](step / steps))
         step += 1
         scores, mask, logits = gumbel_scores(lazy, drawn, x[rows], None if first is None else first[rows])
         costs = cross_entropy(scores, y[rows], reduction="none")
@@ -141,7 +146,7 @@ def train_gumbel(
         return estimator.loss(costs, log_probability(logits, mask)) + sparsity + costs.mean()
 
     def score() -> float:
-        noise = SCHEDULES[settings["gumbel"]](step / steps)[1]
+        noise = SCHEDULES[schedule](step / steps)[1]
         drawn = gumbel.propose(generator) if noise else gumbel.best()
         network = LazyNetwork(lazy.target, drawn, lazy.policy, lazy.decision, lazy.rescale)
         found = evaluate(network, torch.from_numpy(data.valid.x))

@@ -5,7 +5,7 @@ import math
 import torch
 
 from condcomp_lib.errors import UsageError
-from condcomp_lib.partitioners import check_worth
+from condcomp_lib.partitioners import check_cut, check_worth
 from condcomp_lib.partitions import Partition
 
 
@@ -57,6 +57,9 @@ class LocalSearch:
     def update(self, partition: Partition, worth: float) -> None:
         """See `Partitioner`."""
         check_worth(worth)
+        check_cut(partition, self.current.widths, self.current.groups, self.current.scope)
+        if not torch.equal(partition.sizes_by_layer, self.current.sizes_by_layer):
+            raise UsageError("local search keeps the sizes of its groups; this partition has others")
         heat = self.temperature * max(0.0, 1 - self.trials / self.span)
         self.trials += 1
         fall = self.worth - worth
