@@ -1,4 +1,4 @@
-"""The studies `targets` and `partitioning`: what a run holds, and their bookkeeping."""
+"""The studies of notebook 01: what a run of `targets` and `partitioning` holds, and the bookkeeping of all."""
 
 import itertools
 
@@ -8,7 +8,7 @@ import torch
 
 from condcomp_lib import datasets, published, studies
 from condcomp_lib.runs import Record, RunSpec, RunStore
-from condcomp_lib.studies import lazy_results, partitioning, targets
+from condcomp_lib.studies import lazy_results, partitioning, partitioning_ladder, partitioning_splits, targets
 from condcomp_lib.training import build, obtain_target
 
 
@@ -29,7 +29,7 @@ def outcomes(specs, artefacts):
     return [partitioning.compute(spec, RunStore(artefacts)) for spec in specs]
 
 
-@pytest.mark.parametrize("study", [targets, partitioning])
+@pytest.mark.parametrize("study", [targets, partitioning, partitioning_splits, partitioning_ladder])
 @pytest.mark.parametrize("profile", ["quick", "paper"])
 def test_every_run_of_the_table_is_named_once(study, profile):
     names = [spec.name for spec in study.specs(profile)]
@@ -52,8 +52,8 @@ def test_each_pair_of_seeds_has_its_own_partition_and_policy():
     found = {}
     for target_seed, seed in itertools.product(range(3), range(2)):
         seeds = {"target_seed": target_seed, "partition_seed": seed, "policy_seed": seed}
-        lazy = partitioning.untrained({**settings, **seeds}, target, data)
-        again = partitioning.untrained({**settings, **seeds}, target, data)
+        own = {**settings, **seeds}
+        lazy, again = (partitioning.untrained(own, target, data, partitioning.drawn(own, target)) for _ in range(2))
         assert torch.equal(lazy.policy.gates[0].weight, again.policy.gates[0].weight)
         found[target_seed, seed] = (torch.cat(lazy.partition.membership), lazy.policy.gates[0].weight)
     for one, other in itertools.combinations(found, 2):
@@ -95,7 +95,7 @@ def test_keeping_everything_is_the_target_and_dropping_costs_accuracy(artefacts)
 
 
 def test_answers_are_about_known_ids_and_claims_have_unique_names():
-    for study in (targets, partitioning):
+    for study in (targets, partitioning, partitioning_splits, partitioning_ladder):
         records = studies.records(study.STUDY.name, "paper", partial=True)
         assert {answer.id for answer in study.answers(records)} <= set(published.load())
         names = [claim.id for claim in study.claims(records)]
