@@ -162,11 +162,11 @@ def test_the_ladder_names_the_step_that_loses_most(ladder):
         assert steps[row["loses most"]] == max(steps.values())
 
 
-def test_single_neurons_are_a_partition_of_their_own(ladder):
+def test_single_neurons_are_a_partition_of_their_own(ladder, artefacts):
     settings = ladder[0].spec.settings
     assert settings["partitioner"] == partitioning_ladder.NEURONS
     data = datasets.load("digits")
-    target, _ = obtain_target(targets.target_of(settings), data, RunStore(studies.paths.artefacts("quick")))
+    target, _ = obtain_target(targets.target_of(settings), data, artefacts)
     split = partitioning_ladder.split_of(settings, target, data)
     assert isinstance(split, Partition)
     assert set(split.sizes.tolist()) == {1}
