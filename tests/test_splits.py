@@ -50,7 +50,7 @@ def test_the_run_table_holds_every_partitioner_on_the_target_of_section_5_2():
     for s in own:
         runs[s["partitioner"]].add((s["target_seed"], s["policy_seed"]))
     for name, seeds in runs.items():
-        assert len(seeds) == (3 if name in partitioning_splits.BANDITS else 6), name
+        assert len(seeds) == (3 if name in partitioning_splits.ONCE else 6), name
 
 
 def test_all_ways_of_a_partitioner_share_its_partition_and_differ_in_the_policy(records):
