@@ -183,7 +183,8 @@ def setup(profile: str) -> str:
     if profile != "paper":
         return f"{text}."
     twice = " and ".join(label(kind) for kind in TWICE)
-    return f"{text}; {twice} with two partitions and policies each, but one for {', '.join(ONCE)}, and one led to 25%."
+    once = f"one for {', '.join(ONCE)}, and one policy led to 25% on {label(PAPER)}"
+    return f"{text}; {twice} with two partitions and policies for each target, but {once}."
 
 
 def answers(records: Sequence[Record]) -> list[Answer]:
