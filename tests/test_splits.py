@@ -11,7 +11,7 @@ from condcomp_lib.studies import partition_search, partitioning_ladder, partitio
 from condcomp_lib.targets import multiply_adds
 from condcomp_lib.training import obtain_target
 
-TRIED = ("random", "ucb1", "contextual", "gumbel", "k-means", "coactivation", "always-on", "local search")
+TRIED = ("random", "ucb1", "contextual", "gumbel", "always-on", "local search")
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def test_held_and_led_runs_evaluate_a_quarter_and_balanced_ones_have_equal_group
     for record in records:
         if split_results.way_of(record) != "as published":
             assert record.result["valid_activity"] == pytest.approx(0.25, abs=0.02)
-        if record.spec.settings["partitioner"] in ("k-means", "coactivation", "always-on"):
+        if record.spec.settings["partitioner"] == "always-on":
             assert set(record.result["group_sizes"]) == {8}
 
 
