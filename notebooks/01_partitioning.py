@@ -483,9 +483,10 @@ tables.save_table(table, "splits_table", splits, profile)
 display(Markdown(tables.markdown(table)))
 
 # %% [markdown]
-# Then some of them, led to 25%, on targets that differ in size, data and training. A random group is a small copy of the whole
-# layer; a cluster is a part of it that some inputs need and others do not. So a target that was trained to stand random
-# gaps favours random groups, and one that was not favours clusters.
+# Then some of them, led to 25%, on targets that differ in size, data, training and rescaling. A random group is a small
+# copy of the whole layer; a cluster is a part of it that some inputs need and others do not. Where the target was trained
+# with random gaps *and* what is kept is rescaled as in that training, one random part stands in for the whole as well as
+# another, and little depends on the choice; elsewhere it matters what is chosen, and clusters give a policy a choice.
 
 # %%
 every_kind = split_results.kinds(splits)
@@ -552,6 +553,7 @@ axes[1].set(xlabel="epoch of joint training", ylabel="activity (%)", ylim=(0, 10
 axes[0].legend(loc="lower right")
 plots.save_figure(fig, "splits_gumbel", splits, profile)
 plt.show()
+print("chance that a draw is the preferred group:", split_results.settled(splits, main_kind))
 
 # %% [markdown]
 # ## Weigh the groups

@@ -1,6 +1,7 @@
 """Every way to split a trained network under the same policy (*partitions*, sections 2 and 5.1-5.3, and beyond)."""
 
 import itertools
+import operator
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -302,17 +303,28 @@ def findings(records: Sequence[Record]) -> str:
     """What the runs say, as a Markdown list with its numbers filled in."""
     lines = []
     for kind in kinds(records):
-        ways = of_kind(records, kind)
-        for way in (PUBLISHED_WAY, HELD, LED):
-            if not (groups := ways[way]):
+        for way, groups in of_kind(records, kind).items():
+            if not groups:
                 continue
             scores = {name: over_runs(group, lambda r: r["accuracy_ratio"]) for name, group in groups.items()}
             ranked = sorted(scores, key=lambda name: -scores[name].estimate)
-            best = "; ".join(f"{name} {scores[name].format(2)}" for name in ranked[:3])
+            best = "; ".join(f"{name} {scores[name].format(2)}" for name in ranked[:4] if name != "random")
             place = ranked.index("random") + 1
             lines.append(f"- **{label(kind)}, {way}**: {best}; random {scores['random'].format(2)}, number {place} of "
                          f"{len(ranked)}.")  # fmt: skip
+    for way, groups in of_kind(records, kinds(records)[0]).items():
+        lines.append(f"- **The published order, random < bandits < Gumbel <= contextual**, {way}: {_ordered(groups)}.")
     return "\n".join(lines)
+
+
+def _ordered(groups: Mapping[str, Sequence[Record]]) -> str:
+    """The partitioners of the published order from the lowest ratio to the highest, with their activity."""
+    rows = []
+    for name in ("random", "ucb1", "gumbel", "contextual"):
+        ratio, active = (over_runs(groups[name], operator.itemgetter(field)).estimate
+                         for field in ("accuracy_ratio", "activity"))  # fmt: skip
+        rows.append((ratio, f"{name} {ratio:.3f} at {100 * active:.0f}% activity"))
+    return " < ".join(text for _, text in sorted(rows))
 
 
 def promises(records: Sequence[Record]) -> dict[str, Sequence[Record]]:

@@ -144,6 +144,15 @@ def joint_curves(records: Sequence[Record], kind: Kind) -> dict[str, tuple[np.nd
     return found
 
 
+def settled(records: Sequence[Record], kind: Kind) -> str:
+    """How settled each Gumbel schedule's preferences are in the end, in words: the mean chance of the likeliest group,
+    were the noise of full size."""
+    groups = of_kind(records, kind)[PUBLISHED_WAY]
+    shares = {name: over_runs(group, lambda r: r["settled"]).format(2) for name, group in groups.items()
+              if "settled" in group[0].result}  # fmt: skip
+    return "; ".join(f"{name} {share}" for name, share in shares.items())
+
+
 def use_of_groups(records: Sequence[Record], kind: Kind) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """For each partitioner the share of the neurons that each group holds, and of the examples it is evaluated on
     (runs x groups), as published."""
