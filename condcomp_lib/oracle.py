@@ -1,4 +1,4 @@
-"""The oracle: which groups contribute most, read off the full computation; the ceiling of any learned policy."""
+"""The oracle: groups ranked by what they contribute, read off the full computation; a reference, not a bound."""
 
 import torch
 from torch import Tensor

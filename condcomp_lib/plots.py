@@ -230,13 +230,13 @@ def published_points(points: Mapping[int, float], ax: Axes | None = None) -> Axe
 def ladder(lines: Mapping[str, tuple[Sequence[int], np.ndarray]], ax: Axes | None = None) -> Axes:
     """The oracle ladder: accuracy ratio against groups a layer, every run as a point beside the mean.
 
-    `lines` maps "split, rung" to the numbers of groups and the ratios (runs x numbers); "best neurons" and "control"
+    `lines` maps "split, rung" to the numbers of groups and the ratios (runs x numbers); "oracle neurons" and "control"
     have one ratio a run and are drawn across.
     """
     ax = ax or plt.subplots()[1]
     colours = {"random": ORANGE, "coactivation": BLUE}
-    looks = {"oracle": ("-", "o", "best groups"), "learned": ("--", "s", "learned policy"),
-             "blind": (":", "x", "blind draw")}  # fmt: skip
+    looks = {"oracle": ("-", "o", "oracle groups"), "learned": ("--", "s", "learned policy"),
+             "blind": (":", "x", "uniform draw")}  # fmt: skip
     for name, (counts, ratios) in lines.items():
         if not counts:
             colour = GREEN if name == "control" else "black"

@@ -29,14 +29,15 @@ def falling(first: float = 0.8, last: float = 0.1, span: int = 10) -> Callable[[
 
 
 class ContextualBandits:
-    """One linear bandit per layer: Q(w, a) = beta_a . w, beta_a by ridge least squares over the neurons that were put
-    into group a, one equation for each of them and each trial, with the trial's worth on its right-hand side.
+    """One linear bandit per layer: Q(w, a) = beta_a . w, beta_a by least squares over the neurons that were put into
+    group a, one equation for each of them and each trial, with the trial's worth on its right-hand side. The ridge is
+    ours; the paper has none, and more unknowns than equations.
 
     A proposal gives each neuron its group of the highest Q, or with probability epsilon a random one; the first is
     random throughout. Groups nobody was put into have Q = 0.
 
     The ridge shrinks Q towards 0. So where every worth is positive, as accuracies are, what was tried most looks best
-    and the bandits settle early, as in the paper; where a worth is counted from a level that good partitions reach
+    and the bandits settle early; where a worth is counted from a level that good partitions reach
     (negative below it), failures lose to what was tried less, and planted groups are found.
 
     The equations are solved in their dual form: with K = W W^T the products of the contexts of a layer, the predictions

@@ -1,4 +1,4 @@
-"""Local search and simulated annealing over partitions: the search baseline that the authors' retrospective misses."""
+"""Local search and simulated annealing over partitions: classical search as a baseline."""
 
 import math
 

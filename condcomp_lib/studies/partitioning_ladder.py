@@ -189,7 +189,7 @@ def _select(found: Sequence[Mapping[str, Any]], **wanted: Any) -> list[Mapping[s
 def summary(records: Sequence[Record], budget: str = BUDGETS[0]) -> list[dict[str, Any]]:
     """The ladder of every kind, split and number of groups under one budget, and the rung that loses most.
 
-    From the target to the best neurons it is the activity that costs, from there to the best groups the split, and
+    From the target to the oracle's neurons it is the activity that costs, from there to its groups the split, and
     from there to the learned policy the policy.
     """
     found, table = rows(records), []
@@ -206,10 +206,10 @@ def summary(records: Sequence[Record], budget: str = BUDGETS[0]) -> list[dict[st
                 "target": kind,
                 "split": split,
                 "groups a layer": groups,
-                "best neurons": neurons,
-                "best groups": oracle,
+                "oracle neurons": neurons,
+                "oracle groups": oracle,
                 "learned policy": learned,
-                "blind draw": blind,
+                "uniform draw": blind,
                 "control": _over(here["learned"], "control_ratio"),
                 "activity": _over(here["learned"], "activity"),
                 "compute": _over(here["learned"], "compute"),
@@ -232,7 +232,7 @@ def budget_summary(records: Sequence[Record]) -> list[dict[str, Any]]:
                     "target": kind,
                     "groups a layer": finest,
                     "budget": budget,
-                    "rung": {"oracle": "best groups", "learned": "learned policy"}[rung],
+                    "rung": {"oracle": "oracle groups", "learned": "learned policy"}[rung],
                     "ratio": _over(here, "ratio"),
                     "activity": _over(here, "activity"),
                     "by layer": ", ".join(f"{share:.2f}" for share in by_layer),
@@ -245,13 +245,13 @@ def budget_summary(records: Sequence[Record]) -> list[dict[str, Any]]:
 
 def lines(records: Sequence[Record], budget: str = BUDGETS[0]) -> dict[str, dict[str, tuple[list[int], np.ndarray]]]:
     """For each kind the figure's lines: for each split and rung the numbers of groups and the ratios (runs x numbers);
-    "best neurons" and "control" hold one column."""
+    "oracle neurons" and "control" hold one column."""
     found: dict[str, dict[str, tuple[list[int], np.ndarray]]] = {}
     table = rows(records)
     for kind in dict.fromkeys(row["kind"] for row in table):
         here = _select(table, kind=kind, budget=budget)
         neurons = [row["ratio"] for row in _select(here, split=NEURONS)]
-        found[kind] = {"best neurons": ([], np.array(neurons)[:, None])}
+        found[kind] = {"oracle neurons": ([], np.array(neurons)[:, None])}
         for split, rung in itertools.product(SPLITS, RUNGS):
             own = _select(here, split=split, rung=rung)
             counts = sorted({row["groups"] for row in own})
@@ -269,7 +269,7 @@ def claims(records: Sequence[Record]) -> list[Claim]:
         return []  # one target says nothing about another
     for kind, end in dict.fromkeys((row["kind"], row["id"]) for row in found):
         for groups in sorted({row["groups"] for row in found if row["kind"] == kind and row["split"] != NEURONS}):
-            for rung, what in (("oracle", "the best groups keep"), ("learned", "the learned policy keeps")):
+            for rung, what in (("oracle", "the oracle's groups keep"), ("learned", "the learned policy keeps")):
                 own, base = (_select(found, kind=kind, groups=groups, rung=rung, budget=BUDGETS[0], split=split)
                              for split in ("coactivation", "random"))  # fmt: skip
                 statement = (
@@ -301,8 +301,8 @@ def findings(records: Sequence[Record]) -> str:
             coarse, fine = (pick((r for r in here if r["split"] == split), key=lambda r: r["groups a layer"])
                             for pick in (min, max))  # fmt: skip
             found.append(
-                f"- **{kind}, {split} split**: best groups keep {coarse['best groups'].format(2)} with "
-                f"{coarse['groups a layer']} groups a layer and {fine['best groups'].format(2)} with "
+                f"- **{kind}, {split} split**: oracle groups keep {coarse['oracle groups'].format(2)} with "
+                f"{coarse['groups a layer']} groups a layer and {fine['oracle groups'].format(2)} with "
                 f"{fine['groups a layer']}, learned policies {coarse['learned policy'].format(2)} and "
                 f"{fine['learned policy'].format(2)}; most is lost by the {coarse['loses most']} and the "
                 f"{fine['loses most']}."

@@ -1,14 +1,12 @@
 """Every way to split a trained network under the same policy (*partitions*, sections 2 and 5.1-5.3, and beyond)."""
 
 import itertools
-import operator
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from condcomp_lib import published, studies
 from condcomp_lib.claims import Claim, judge
-from condcomp_lib.partitioners.gumbel import SCHEDULES
 from condcomp_lib.published import Answer
 from condcomp_lib.runs import Outcome, Record, RunSpec, RunStore
 from condcomp_lib.studies import partitioning, targets
@@ -23,7 +21,7 @@ RECIPE = 1
 TRIALS = 20
 BANDITS = ("optimistic greedy", "epsilon-greedy", "ucb1")
 CONTEXTUAL = ("contextual", "contextual, both weights")
-GUMBEL = ("gumbel", "gumbel, annealed", "gumbel, annealed noise")
+GUMBEL = {"gumbel": "constant", "gumbel, annealed": "annealed", "gumbel, annealed noise": "annealed-noise"}  # schedules
 CLUSTERINGS = ("k-means", "coactivation", "spectral", "always-on")
 SEARCHES = ("local search", "simulated annealing")
 PARTITIONERS = ("random", *BANDITS, *CONTEXTUAL, *GUMBEL, *CLUSTERINGS, *SEARCHES)
@@ -55,14 +53,15 @@ POLICY: dict[str, dict[str, Any]] = {
 }
 # Who is said to keep more of the accuracy than whom, and where: the papers' order, and this companion's expectations.
 PUBLISHED_ORDER = (
-    *((name, "random", "partitions, 5.1") for name in BANDITS),
-    ("gumbel", "ucb1", "partitions, 5"),
+    *((name, "random", "partitions, 5.1") for name in ("optimistic greedy", "ucb1")),
+    ("gumbel", "ucb1", "partitions, 5.1 and Table 1"),
     ("contextual", "gumbel", "partitions, 5.3"),
     ("contextual", "random", "partitions, 5.2"),
 )
 BEYOND = (
+    ("epsilon-greedy", "random", "ours"),
     ("contextual, both weights", "contextual", "partitions, 6"),
-    *((name, "gumbel", "partitions, 5.3") for name in GUMBEL[1:]),
+    *((name, "gumbel", "partitions, 5.3") for name in list(GUMBEL)[1:]),
     *((name, "random", "ours") for name in (*CLUSTERINGS, *SEARCHES)),
 )
 # The published trajectory of section 5.2: kind, id, lazy epoch, what is tracked, and its metric.
@@ -77,6 +76,7 @@ PUBLISHED_TRACK = (
     (SMALL, "Ps52.13", 1, "worth", "validation_accuracy_percent"),
     (SMALL, "Ps52.14", 10, "worth", "validation_accuracy_percent"),
 )
+EPOCH_0 = {"activity": "Ps52.03", "sd_of_activity_by_group": "Ps52.04"}  # of the random partition on 3x800
 # A trial's policy is trained until an epoch (of 150 minibatches on SVHN) no longer raises its validation accuracy.
 TRIAL: dict[str, dict[str, Any]] = {
     "digits": {"batch": 32, "epochs": 5, "patience": 1, "learning_rate": 1e-2, "schedule": "constant"},
@@ -106,7 +106,7 @@ def search_of(partitioner: str, dataset: str, lambda_s: float) -> dict[str, Any]
         return {"context": context, "ridge": 1.0, "epsilon": [0.8, 0.1, span], "trials": trials, **trial}
     if partitioner in GUMBEL:
         joint = policy_plan(tau=TAU, lambda_s=lambda_s, **(POLICY[dataset] | JOINT))
-        return {"gumbel": list(SCHEDULES)[GUMBEL.index(partitioner)], "policy": joint}
+        return {"gumbel": GUMBEL[partitioner], "policy": joint}
     if partitioner in CLUSTERINGS:
         return {"cluster": partitioner} if partitioner == "k-means" else {"cluster": partitioner, "examples": 4000}
     heat = HEAT if partitioner == "simulated annealing" else 0.0
@@ -193,7 +193,10 @@ def answers(records: Sequence[Record]) -> list[Answer]:
     place = {"notebook": "01_partitioning", "figure": "splits_table"}
     groups = of_kind(records, PAPER)[PUBLISHED_WAY]
     found = []
-    for id, names, what in (("Ps51.01", ("random",), ""), ("Ps51.02", BANDITS, "the highest of the three; ")):
+    for id, names, what in (
+        ("Ps51.01", ("random",), ""),
+        ("Ps51.02", ("optimistic greedy", "ucb1"), "the higher of the two, a new policy on the partition preferred; "),
+    ):
         intervals = [over_runs(groups[name], _valid_ratio) for name in names if name in groups]
         if intervals:
             best = max(intervals, key=lambda interval: interval.estimate)
@@ -217,6 +220,8 @@ def published_track(kind: Kind, field: str) -> dict[int, float]:
     rows = published.load()
     found = {epoch: rows[id].value for own, id, epoch, tracked, metric in PUBLISHED_TRACK
              if own == kind and (tracked == field or (field == "ratio" and metric == "accuracy_ratio"))}  # fmt: skip
+    if kind == PAPER and field in EPOCH_0:
+        found[0] = rows[EPOCH_0[field]].value
     if field == "ratio":
         base = {PAPER: ("Ps52.15", None), SMALL: ("Ps52.17", "Ps52.11")}[kind]
         found[0] = rows[base[0]].value
@@ -257,13 +262,18 @@ def claims(records: Sequence[Record]) -> list[Claim]:
         if len({record.spec.settings["target_seed"] for record in records if kind_of(record) == kind}) < 2:
             continue  # one target says nothing about another
         ways = of_kind(records, kind)
-        table = [(way, pair) for way in ways for pair in PUBLISHED_ORDER] + [(LED, pair) for pair in BEYOND]
+        table = [(way, pair) for way in ways for pair in PUBLISHED_ORDER] + [
+            (way, pair) for way in (HELD, LED) for pair in BEYOND
+        ]
         for way, (better, worse, source) in table:
             gain = gains(ways[way].get(better, []), ways[way].get(worse, []), lambda r: r["accuracy_ratio"])
             if gain is None:
                 continue
             id = f"splits.{better}.{worse}.{_id(kind)}.{way}".replace(" ", "-").replace(",", "")
-            statement = f"{label(kind)}, {way}: {better} keeps more of the accuracy than {worse}"
+            active = [over_runs(ways[way][name], lambda r: 100 * r["activity"]).format(0).split(" ")[0]
+                      for name in (better, worse)]  # fmt: skip
+            statement = f"{label(kind)}, {way}: {better} ({active[0]}% active) keeps more of the accuracy than "
+            statement += f"{worse} ({active[1]}%)"
             found.append(judge(id, source, statement, gain, above=0.0))
         found.append(_control_claim(kind, ways[LED]))
     return found + _published_levels(records)
@@ -297,34 +307,6 @@ def _published_levels(records: Sequence[Record]) -> list[Claim]:
             interval = over_runs(group, _scaled(read, metric))
             found.append(judge(f"splits.{id}", id, statement, interval, above=rows[id].value))
     return found
-
-
-def findings(records: Sequence[Record]) -> str:
-    """What the runs say, as a Markdown list with its numbers filled in."""
-    lines = []
-    for kind in kinds(records):
-        for way, groups in of_kind(records, kind).items():
-            if not groups:
-                continue
-            scores = {name: over_runs(group, lambda r: r["accuracy_ratio"]) for name, group in groups.items()}
-            ranked = sorted(scores, key=lambda name: -scores[name].estimate)
-            best = "; ".join(f"{name} {scores[name].format(2)}" for name in ranked[:4] if name != "random")
-            place = ranked.index("random") + 1
-            lines.append(f"- **{label(kind)}, {way}**: {best}; random {scores['random'].format(2)}, number {place} of "
-                         f"{len(ranked)}.")  # fmt: skip
-    for way, groups in of_kind(records, kinds(records)[0]).items():
-        lines.append(f"- **The published order, random < bandits < Gumbel <= contextual**, {way}: {_ordered(groups)}.")
-    return "\n".join(lines)
-
-
-def _ordered(groups: Mapping[str, Sequence[Record]]) -> str:
-    """The partitioners of the published order from the lowest ratio to the highest, with their activity."""
-    rows = []
-    for name in ("random", "ucb1", "gumbel", "contextual"):
-        ratio, active = (over_runs(groups[name], operator.itemgetter(field)).estimate
-                         for field in ("accuracy_ratio", "activity"))  # fmt: skip
-        rows.append((ratio, f"{name} {ratio:.3f} at {100 * active:.0f}% activity"))
-    return " < ".join(text for _, text in sorted(rows))
 
 
 def promises(records: Sequence[Record]) -> dict[str, Sequence[Record]]:

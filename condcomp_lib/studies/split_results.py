@@ -1,5 +1,6 @@
 """From records of the split study to tables and figure data."""
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -66,6 +67,8 @@ def summary(records: Sequence[Record], kind: Kind) -> list[dict[str, Any]]:
             gain = gains(same, ways[way].get("random", []), lambda r: r["accuracy_ratio"])
             row[f"{way}: over random"] = gain if gain is not None and partitioner != "random" else ""
         if led := ways[LED].get(partitioner):
+            row["runs, led"] = len(led)
+            row["activity trained to, led"] = over_runs(led, lambda r: r["activity_curve"][-1])
             row["blind ratio, led"] = over_runs(led, lambda r: r["blind_ratio"])
             row["compute, led"] = over_runs(led, lambda r: r["compute"])
             row["control ratio, led"] = over_runs(led, lambda r: r["control_ratio"])
@@ -83,8 +86,8 @@ def across_kinds(records: Sequence[Record], partitioners: Sequence[str]) -> list
             row: dict[str, Any] = {"target": label(kind), "policy": way}
             for name in partitioners:
                 row[name] = over_runs(groups[name], lambda r: r["accuracy_ratio"]) if name in groups else ""
-            row["blind, random"] = over_runs(groups["random"], lambda r: r["blind_ratio"])
-            row["control"] = over_runs(groups["random"], lambda r: r["control_ratio"])
+            row["blind draw of the random split"] = over_runs(groups["random"], lambda r: r["blind_ratio"])
+            row["control of the random split"] = over_runs(groups["random"], lambda r: r["control_ratio"])
             rows.append(row)
     return rows
 
@@ -169,3 +172,32 @@ def tracked_at(group: Sequence[Record], epoch: int, field: str) -> Callable[[Map
     if not group or "trials" not in group[0].result or len(group[0].result["trials"]) <= epoch:
         return None
     return lambda result: result["trials"][epoch][field]
+
+
+def findings(records: Sequence[Record]) -> str:
+    """What the runs say, as a Markdown list with its numbers filled in."""
+    lines = []
+    for kind in kinds(records):
+        for way, groups in of_kind(records, kind).items():
+            if not groups:
+                continue
+            scores = {name: over_runs(group, lambda r: r["accuracy_ratio"]) for name, group in groups.items()}
+            ranked = sorted(scores, key=lambda name: -scores[name].estimate)
+            best = "; ".join(f"{name} {scores[name].format(2)}" for name in ranked[:4] if name != "random")
+            place = ranked.index("random") + 1
+            lines.append(f"- **{label(kind)}, {way}**: {best}; random {scores['random'].format(2)}, number {place} of "
+                         f"{len(ranked)}.")  # fmt: skip
+    for way, groups in of_kind(records, kinds(records)[0]).items():
+        if {"random", "ucb1", "gumbel", "contextual"} <= set(groups):
+            lines.append(f"- Published: random < bandits < Gumbel <= contextual. **Here, {way}**: {_ordered(groups)}.")
+    return "\n".join(lines)
+
+
+def _ordered(groups: Mapping[str, Sequence[Record]]) -> str:
+    """The partitioners of the published order from the lowest ratio to the highest, with their activity."""
+    rows = []
+    for name in ("random", "ucb1", "gumbel", "contextual"):
+        ratio, active = (over_runs(groups[name], operator.itemgetter(field)).estimate
+                         for field in ("accuracy_ratio", "activity"))  # fmt: skip
+        rows.append((ratio, f"{name} {ratio:.3f} at {100 * active:.0f}% activity"))
+    return " < ".join(text for _, text in sorted(rows))
