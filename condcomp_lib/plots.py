@@ -126,11 +126,14 @@ def over_epochs(
 ) -> Axes:
     """One line per label, every run as a thin line behind the mean.
 
-    `groups` maps a label to values (runs x points); `x` are the points' positions, by default epochs from `start` on.
+    `groups` maps a label to values (runs x points), a label without values takes up its colour only; `x` are the points'
+    positions, by default epochs from `start` on.
     """
     ax = ax or plt.subplots()[1]
     colours = (GREY, BLUE, VERMILION, ORANGE, GREEN, PURPLE, SKY)
     for index, (label, values) in enumerate(groups.items()):
+        if not values.size:
+            continue
         colour, line = colours[index % len(colours)], "-" if index < len(colours) else "--"
         points = np.arange(start, start + values.shape[1]) if x is None else np.asarray(x)
         for run in values:
@@ -209,12 +212,12 @@ def split_ratios(rows: Mapping[str, Mapping[str, np.ndarray]], ax: Axes | None =
         ax.plot([mean, mean], [-index - 0.33, -index + 0.33], color=colour, linewidth=2)
         if activity:
             share = f"{100 * series['activity'].mean():.0f}%"
-            ax.text(1.16, -index, share, va="center", ha="right", fontsize=8, color=GREY)
+            ax.text(1.27, -index, share, va="center", ha="right", fontsize=8, color=GREY)
     ax.axvline(1, color=GREY, linewidth=0.8, linestyle=":")
     if "random" in rows:
         ax.axvline(rows["random"]["lazy"].mean(), color=GREY, linewidth=0.8)
     ax.set_yticks([-index for index in range(len(rows))], list(rows))
-    ax.set(xlabel="accuracy / the target's", xlim=(0, 1.18), ylim=(-len(rows) + 0.4, 0.6))
+    ax.set(xlabel="accuracy / the target's", xlim=(0, 1.28 if activity else 1.18), ylim=(-len(rows) + 0.4, 0.6))
     ax.grid(axis="y", visible=False)
     return ax
 

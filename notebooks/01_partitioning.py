@@ -550,7 +550,7 @@ plots.over_epochs({name: curve for name, (curve, _) in joint.items()}, axes[0])
 plots.over_epochs({name: 100 * curve for name, (_, curve) in joint.items()}, axes[1])
 axes[0].set(xlabel="epoch of joint training", ylabel="accuracy ratio, validation")
 axes[1].set(xlabel="epoch of joint training", ylabel="activity (%)", ylim=(0, 100))
-axes[0].legend(loc="lower right")
+fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
 plots.save_figure(fig, "splits_gumbel", splits, profile)
 plt.show()
 print(

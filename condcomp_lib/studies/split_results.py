@@ -123,16 +123,16 @@ def ratios(records: Sequence[Record], kind: Kind) -> dict[str, dict[str, dict[st
 
 def trajectories(records: Sequence[Record], kind: Kind) -> dict[str, dict[str, np.ndarray]]:
     """For each partitioner that learns by trials, what is tracked of every lazy epoch (runs x trials); accuracies are
-    shares of the target's, on validation data as in the paper."""
-    found = {}
-    for partitioner, group in of_kind(records, kind)[PUBLISHED_WAY].items():
-        if "trials" not in group[0].result:
-            continue
+    shares of the target's, on validation data as in the paper. Empty for those that were not run on this kind."""
+    names = dict.fromkeys(r.spec.settings["partitioner"] for r in records if "trials" in r.result)
+    groups, found = of_kind(records, kind)[PUBLISHED_WAY], {}
+    for name in names:
+        group = groups.get(name, [])
         tracked = {
             field: np.array([[trial[field] for trial in r.result["trials"]] for r in group]) for field in TRACKED
         }
         full = np.array([r.result["target_valid_accuracy"] for r in group])
-        found[partitioner] = {**tracked, "ratio": tracked["worth"] / full[:, None]}
+        found[name] = {**tracked, "ratio": tracked["worth"] / full[:, None] if group else tracked["worth"]}
     return found
 
 
