@@ -126,7 +126,7 @@ def over_epochs(
 ) -> Axes:
     """One line per label, every run as a thin line behind the mean.
 
-    `groups` maps a label to values (runs x points), a label without values takes up its colour only; `x` are the points'
+    `groups` maps a label to values (runs x points); one without values takes up its colour only. `x` are the points'
     positions, by default epochs from `start` on.
     """
     ax = ax or plt.subplots()[1]

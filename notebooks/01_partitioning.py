@@ -518,13 +518,11 @@ plt.show()
 # search a target. Diamonds are the published values.
 
 # %%
-small_kinds = [
-    kind for kind in (main_kind, partitioning.SMALL) if split_results.trajectories(splits, kind)
-]
+followed = [kind for kind in (main_kind, partitioning.SMALL) if kind in every_kind]
 fig, axes = plt.subplots(
-    len(small_kinds), 4, figsize=(11, 0.6 + 2.7 * len(small_kinds)), squeeze=False
+    len(followed), 4, figsize=(11, 0.6 + 2.7 * len(followed)), squeeze=False
 )
-for line, kind in zip(axes, small_kinds, strict=True):
+for line, kind in zip(axes, followed, strict=True):
     tracked = split_results.trajectories(splits, kind)
     for ax, (field, what) in zip(line, split_results.SHOWN.items(), strict=True):
         scale = 1 if field in ("ratio", "sd_of_size") else 100
