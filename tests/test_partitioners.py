@@ -505,3 +505,10 @@ def test_what_bandits_start_from_must_be_a_number():
         Bandits(WIDTHS, GROUPS, "greedy", initial=math.nan)
     with pytest.raises(UsageError, match="must be neurons x features"):
         ContextualBandits([torch.ones(4)], 2)
+
+
+def test_a_gumbel_proposal_is_the_draw_of_the_training():
+    gumbel = Gumbel(WIDTHS, GROUPS, torch.Generator().manual_seed(0))
+    drawn = gumbel.draw(torch.Generator().manual_seed(1), temperature=0.3)
+    proposed = gumbel.propose(torch.Generator().manual_seed(1))
+    assert all(torch.equal(rows.argmax(1), m) for rows, m in zip(drawn, proposed.membership, strict=True))

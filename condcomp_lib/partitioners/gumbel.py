@@ -61,8 +61,9 @@ class Gumbel(nn.Module):
 
     def propose(self, generator: torch.Generator) -> Partition:
         """See `Partitioner`."""
-        with torch.no_grad():
-            return Partition(tuple(rows.argmax(1) for rows in self.draw(generator)), self.groups, self.scope)
+        with torch.no_grad():  # the draw alone, which is the same at every temperature: no softmax, no one-hot rows
+            drawn = [(mu + gumbel_noise(mu, generator)).argmax(1) for mu in self.preferences]
+        return Partition(tuple(drawn), self.groups, self.scope)
 
     def update(self, partition: Partition, worth: float) -> None:  # noqa: ARG002 (it learns by gradient)
         """See `Partitioner`; checks the worth and learns nothing."""
@@ -75,10 +76,14 @@ class Gumbel(nn.Module):
 
 def straight_through(mu: Tensor, generator: torch.Generator, temperature: float, noise: float = 1.0) -> Tensor:
     """yhat = (onehot(argmax y) - y) held constant + y, with y = softmax((mu + g) / temperature)."""
-    u = torch.rand(mu.shape, generator=generator)
-    g = -torch.log(-torch.log(u + EPS) + EPS)
-    y = softmax((mu + noise * g) / temperature, 1)
+    y = softmax((mu + noise * gumbel_noise(mu, generator)) / temperature, 1)
     return (one_hot(y.argmax(1), mu.shape[1]) - y).detach() + y
+
+
+def gumbel_noise(mu: Tensor, generator: torch.Generator) -> Tensor:
+    """g = -log(-log(u)) with u ~ U[0, 1], of the shape of `mu`."""
+    u = torch.rand(mu.shape, generator=generator)
+    return -torch.log(-torch.log(u + EPS) + EPS)
 
 
 def gumbel_scores(
