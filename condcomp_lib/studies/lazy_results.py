@@ -15,14 +15,28 @@ Kind = tuple[str, str, str, float | None, str]
 SAMPLED = "sample"
 
 
+def kind_of(record: Record) -> Kind:
+    """The kind of target of a record, with its rescaling."""
+    fields = ("dataset", "architecture", "pretraining", "dropout_eps", "rescale")
+    return tuple(record.spec.settings[field] for field in fields)
+
+
+def kind_id(kind: Kind) -> str:
+    """A kind in the ids of claims.
+
+    >>> kind_id(("svhn", "3x800", "none", None, "none"))
+    'svhn.3x800.none.none'
+    """
+    return ".".join(str(part) for part in kind if part is not None)
+
+
 def by_kind(records: Sequence[Record]) -> dict[tuple[Kind, str], list[Record]]:
     """The records of each kind and way to decide ("sample", "calibrated 25%"), kind by kind."""
     groups: dict[tuple[Kind, str], list[Record]] = {}
     for record in records:
         settings, asked = record.spec.settings, record.spec.settings["activity_asked"]
-        kind = tuple(settings[key] for key in ("dataset", "architecture", "pretraining", "dropout_eps", "rescale"))
         decided = f"{settings['decision']} {asked:.0%}" if asked else settings["decision"]
-        groups.setdefault((kind, decided), []).append(record)
+        groups.setdefault((kind_of(record), decided), []).append(record)
     kinds = list(dict.fromkeys(kind for kind, _ in groups))
     return {key: groups[key] for kind in kinds for key in groups if key[0] == kind}
 

@@ -19,7 +19,7 @@ from condcomp_lib.policies import Policy, Sample
 from condcomp_lib.published import Answer
 from condcomp_lib.runs import Outcome, Record, RunSpec, RunStore
 from condcomp_lib.studies import targets
-from condcomp_lib.studies.lazy_results import SAMPLED, Kind, by_kind, gains, label, over_controls, over_runs
+from condcomp_lib.studies.lazy_results import SAMPLED, Kind, by_kind, gains, kind_id, label, over_controls, over_runs
 from condcomp_lib.studies.lazy_runs import DRAWS, deciding, measure
 from condcomp_lib.targets import MLP
 from condcomp_lib.training import POLICY_RECIPE, obtain_control, obtain_policy, obtain_target, policy_plan
@@ -195,7 +195,7 @@ def claims(records: Sequence[Record]) -> list[Claim]:
     for (kind, decision), group in groups.items():
         if decision != MATCHED:
             continue
-        end = ".".join([*(str(part) for part in kind if part is not None), decision.replace(" ", "-")])
+        end = f"{kind_id(kind)}.{decision.replace(' ', '-')}"
         gain = over_controls(group, lambda r: r["accuracy"] - r["control_accuracy"])
         if gain is not None:
             statement = f"{label(kind)}, {decision}: the lazy network beats the dense net of equal compute"

@@ -20,10 +20,9 @@ from condcomp_lib.policies import Blind, Policy, Pool, Sample
 from condcomp_lib.published import Answer
 from condcomp_lib.runs import Outcome, Record, RunSpec, RunStore
 from condcomp_lib.studies import targets
-from condcomp_lib.studies.lazy_results import Kind, label
+from condcomp_lib.studies.lazy_results import Kind, kind_id, kind_of, label
 from condcomp_lib.studies.lazy_runs import control_of, measured
 from condcomp_lib.studies.partitioning import PAPER, PLAIN, TAU
-from condcomp_lib.studies.split_results import kind_of
 from condcomp_lib.targets import MLP, hidden_widths, multiply_adds
 from condcomp_lib.training import accuracy, obtain_target, policy_plan, train_policy
 
@@ -171,8 +170,7 @@ def rows(records: Sequence[Record]) -> list[dict[str, Any]]:
     for record in records:
         settings = record.spec.settings
         kind = kind_of(record)
-        id = ".".join(str(part) for part in kind if part is not None)
-        own = {"kind": label(kind), "id": id, "split": settings["partitioner"], "groups": settings["groups"]}
+        own = {"kind": label(kind), "id": kind_id(kind), "split": settings["partitioner"], "groups": settings["groups"]}
         for rung in record.result["rungs"]:
             found.append({**own, "target_seed": settings["target_seed"], **rung})
     return found

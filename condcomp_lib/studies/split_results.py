@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from condcomp_lib.runs import Record
-from condcomp_lib.studies.lazy_results import SAMPLED, Kind, gains, label, largest, over_runs
+from condcomp_lib.studies.lazy_results import SAMPLED, Kind, gains, kind_of, label, largest, over_runs
 
 PUBLISHED_WAY, HELD, LED = "as published", "held to 25%", "led to 25%"
 SHOWN = {  # what the figure of section 5.2's trajectory shows
@@ -17,12 +17,6 @@ SHOWN = {  # what the figure of section 5.2's trajectory shows
     "sd_of_size": "s.d. of group sizes",
 }
 TRACKED = ("worth", "activity", "sd_of_activity_by_group", "sd_of_size")  # of every lazy epoch, as in section 5.2
-
-
-def kind_of(record: Record) -> Kind:
-    """The kind of target of a record, with its rescaling."""
-    fields = ("dataset", "architecture", "pretraining", "dropout_eps", "rescale")
-    return tuple(record.spec.settings[field] for field in fields)
 
 
 def way_of(record: Record) -> str:

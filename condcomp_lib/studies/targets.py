@@ -9,6 +9,7 @@ import torch
 
 from condcomp_lib import stats, studies
 from condcomp_lib.claims import Claim, judge
+from condcomp_lib.coactivation import firing_patterns
 from condcomp_lib.datasets import Split
 from condcomp_lib.pretraining import scores_with_dropout
 from condcomp_lib.published import Answer
@@ -104,15 +105,10 @@ def dropped_accuracy(target: MLP, split: Split, keep: float, generator: torch.Ge
     return accuracy(lambda x: scores_with_dropout(target, x, keep, generator), split)
 
 
-@torch.inference_mode()
 def firing_rates(target: MLP, split: Split) -> list[np.ndarray]:
     """For each hidden layer, the share of examples on which each neuron is above zero (float64, neurons)."""
-    counts = [torch.zeros(width, dtype=torch.float64) for width in target.hidden]
-    for x in torch.from_numpy(split.x).split(2048):
-        for index, layer in enumerate(target.linears[:-1]):
-            x = target.activation(layer(x))
-            counts[index] += (x > 0).sum(0)
-    return [(count / len(split)).numpy() for count in counts]
+    counts = firing_patterns(target, torch.from_numpy(split.x)).sum(0).double()
+    return [rates.numpy() for rates in (counts / len(split)).split(list(target.hidden))]
 
 
 def by_kind(records: Sequence[Record]) -> dict[Kind, list[Record]]:
