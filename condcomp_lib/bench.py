@@ -24,11 +24,12 @@ from condcomp_lib.partitioners.gumbel import Gumbel
 from condcomp_lib.partitioners.local import LocalSearch
 from condcomp_lib.partitions import make_partition
 from condcomp_lib.policies import Policy, Sample
+from condcomp_lib.policy_training import policy_plan, train_policy
 from condcomp_lib.runs import Outcome, RunSpec, RunStore
 from condcomp_lib.studies.partition_search import Trials
 from condcomp_lib.studies.partitioning_splits import TRIAL
 from condcomp_lib.targets import MLP
-from condcomp_lib.training import CACHE_BYTES, first_layer, policy_plan, train_policy
+from condcomp_lib.training import CACHE_BYTES, first_layer
 
 
 def store(count: int) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,20 +96,22 @@ def fit(
     generator: torch.Generator,
     *,
     keep: str = "best",
+    rates: Sequence[tuple[nn.Module, float]] = (),
     progress: str | None = None,
 ) -> Fitted:
     """Train the parameters of `model` that require gradients, and leave the kept weights in it.
 
     Arguments: `loss(rows)` of the examples with these numbers (int64); `score()` after each epoch, higher is better;
-    `settings` as from `plan`; `generator` shuffles; `keep` the "best" epoch's weights or the "last" one's; `progress`
-    the title of a progress bar (None: no bar).
+    `settings` as from `plan`; `generator` shuffles; `keep` the "best" epoch's weights or the "last" one's; `rates`
+    parts of `model` with a learning rate of their own (the schedule is the same); `progress` the title of a progress
+    bar (None: no bar).
 
     Raises TrainingError, with the step named and the last good epoch's weights in it, when the loss is no number.
     """
     if keep not in ("best", "last"):
         raise unknown("epoch to keep", keep, ("best", "last"))
     weights = [weight for weight in model.parameters() if weight.requires_grad]
-    optimiser = OPTIMISERS[settings["optimiser"]](weights, settings["learning_rate"])
+    optimiser = OPTIMISERS[settings["optimiser"]](_with_rates(weights, rates), settings["learning_rate"])
     size = min(examples, settings.get("epoch_examples", examples))
     steps = settings["max_epochs"] * math.ceil(size / settings["batch"])
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, SCHEDULES[settings["schedule"]](steps))
@@ -137,6 +139,15 @@ def fit(
     state, chosen = (best, best_epoch) if keep == "best" else (good, len(curve))
     model.load_state_dict(state)
     return Fitted(state, curve, chosen)
+
+
+def _with_rates(weights: Sequence[nn.Parameter], rates: Sequence[tuple[nn.Module, float]]) -> list[dict[str, Any]]:
+    """The optimiser's groups of parameters: those of each part with a rate of its own, and all others."""
+    groups: list[dict[str, Any]] = []
+    for part, rate in rates:
+        groups.append({"params": [weight for weight in part.parameters() if weight.requires_grad], "lr": rate})
+    taken = {id(weight) for group in groups for weight in group["params"]}
+    return [{"params": [weight for weight in weights if id(weight) not in taken]}, *groups]
 
 
 def _stopped(what: str, epoch: int, settings: Mapping[str, Any], good: State) -> TrainingError:

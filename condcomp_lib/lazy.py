@@ -19,12 +19,14 @@ FLOAT_BYTES = 4
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """What a lazy network computed: `scores` (float32, examples x classes), `mask` (bool, examples x bits), `logits`
-    of the policy (float32, examples x bits)."""
+    """What a lazy network computed: `scores` (float32, examples x classes), `mask` (bool, examples x bits; float32 with
+    a gradient where the decision is a relaxation of one), `logits` of the policy (float32, examples x bits), `hidden`
+    each hidden layer's activations before its mask (float32, examples x neurons; left out by `evaluate` below)."""
 
     scores: Tensor
     mask: Tensor
     logits: Tensor
+    hidden: tuple[Tensor, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -59,16 +61,24 @@ class LazyNetwork(nn.Module):
     It computes every neuron and then masks, which defines the outputs; `cost` says what an evaluation of only the
     chosen neurons takes.
 
-    Arguments: `decision` turns the policy's logits into bits; `rescale` what kept activations are multiplied with:
+    Arguments: `decision` turns the policy's logits into bits, or in training into numbers that stand for them and have
+    a gradient; `rescale` what kept activations are multiplied with:
     "none" nothing; "activity" one over the share of the layer's neurons that this example evaluates (how inverted
     dropout was trained); "sigma" one over the probability of their bit (so that sampling leaves the mean
-    unchanged; other decisions are not random and are left as they are).
+    unchanged; other decisions are not random and are left as they are); `fill` what a skipped neuron counts
+    as (float32, neurons, for each hidden layer; None: zero), see `compensated`.
 
     Raises UsageError when the parts do not fit one another or the target's weights are not finite.
     """
 
     def __init__(
-        self, target: MLP, partition: Partition, policy: Policy, decision: Decision, rescale: str = "none"
+        self,
+        target: MLP,
+        partition: Partition,
+        policy: Policy,
+        decision: Decision,
+        rescale: str = "none",
+        fill: Sequence[Tensor] | None = None,
     ) -> None:
         super().__init__()
         if partition.widths != target.hidden:
@@ -84,34 +94,41 @@ class LazyNetwork(nn.Module):
                              f"{partition.groups} groups each")  # fmt: skip
         if rescale not in RESCALES:
             raise unknown("rescale", rescale, RESCALES)
+        if fill is not None and [len(values) for values in fill] != list(target.hidden):
+            raise UsageError(f"fill must hold one number for each neuron of hidden layers {list(target.hidden)}, not "
+                             f"{[len(values) for values in fill]}")  # fmt: skip
         for owner, part in (("target", target), ("policy", policy)):
             for name, weight in part.named_parameters():
                 if not weight.isfinite().all():
                     raise UsageError(f"the {owner}'s {name} holds a number that is not finite; train it again")
         self.target, self.partition, self.policy = target, partition, policy
-        self.decision, self.rescale = decision, rescale
+        self.decision, self.rescale, self.fill = decision, rescale, fill
 
     def forward(self, x: Tensor) -> Tensor:
         """Scores (float32, examples x classes) of inputs `x` (float32, examples x features)."""
         return self.evaluate(x).scores
 
-    def evaluate(self, x: Tensor, first: Tensor | None = None) -> Evaluation:
-        """Scores, mask and logits of inputs `x`; `first` are the first layer's pre-activations where known already.
+    def evaluate(self, x: Tensor, first: Tensor | None = None, decision: Decision | None = None) -> Evaluation:
+        """Scores, mask and logits of inputs `x`; `first` are the first layer's pre-activations where known already, and
+        `decision` decides this once instead of the network's own.
 
-        Gradients reach the policy through the logits only: bits are constants, and so is sigma where it rescales.
+        Gradients reach the policy through the logits: bits are constants, and so is sigma where it rescales; only a
+        relaxed decision's numbers carry the gradient of the scores too.
         """
-        h, masks, logits = x, [], []
+        h, read, masks, logits, hidden = x, x, [], [], []
+        decision = decision or self.decision
         for index, layer in enumerate(self.target.linears[:-1]):
             if index < len(self.policy.gates):
-                logits.append(self.policy.logits(index, h))
-                masks.append(self._decided(logits[-1], index))
-            full = self.target.activation(first if index == 0 and first is not None else layer(h))
-            h = self._kept(full, masks, logits, index)
-        return Evaluation(self.target.linears[-1](h), torch.cat(masks, 1), torch.cat(logits, 1))
+                logits.append(self.policy.logits(index, read))
+                masks.append(self._decided(decision(logits[-1], index)))
+            hidden.append(self.target.activation(first if index == 0 and first is not None else layer(h)))
+            gate = min(index, len(masks) - 1)
+            sigma = logits[gate].detach().sigmoid() if isinstance(decision, Sample) else None
+            read, h = self._kept(hidden[-1], masks[gate], sigma, index)
+        return Evaluation(self.target.linears[-1](h), torch.cat(masks, 1), torch.cat(logits, 1), tuple(hidden))
 
-    def _decided(self, logits: Tensor, gate: int) -> Tensor:
-        """The bits of a gate; that of an always-on group is set whatever the decision says."""
-        mask = self.decision(logits, gate)
+    def _decided(self, mask: Tensor) -> Tensor:
+        """The bits of a gate as decided; that of an always-on group is set whatever the decision says."""
         return torch.cat([torch.ones_like(mask[:, :1]), mask[:, 1:]], 1) if self.policy.always_on else mask
 
     def masked_scores(self, x: Tensor, mask: Tensor) -> Tensor:
@@ -120,16 +137,26 @@ class LazyNetwork(nn.Module):
             x = self.target.activation(layer(x)) * mask[:, columns]
         return self.target.linears[-1](x)
 
-    def _kept(self, h: Tensor, masks: Sequence[Tensor], logits: Sequence[Tensor], index: int) -> Tensor:
-        """The activations of a hidden layer after its mask, rescaled."""
-        gate, groups = min(index, len(masks) - 1), self.partition.membership[index]
-        factors = masks[gate].to(h.dtype)
-        if self.rescale == "sigma" and isinstance(self.decision, Sample):
-            factors = factors / logits[gate].detach().sigmoid().clamp(min=LEAST_SIGMA)
+    def _kept(self, h: Tensor, mask: Tensor, sigma: Tensor | None, index: int) -> tuple[Tensor, Tensor]:
+        """The activations of a hidden layer after its mask, rescaled, as the next gate reads them (what was evaluated)
+        and as the next layer does (filled); `sigma` of the bits where they were sampled."""
+        groups, bits = self.partition.membership[index], mask.to(h.dtype)
+        factors = bits
+        if self.rescale == "sigma" and sigma is not None:
+            factors = factors / sigma.clamp(min=LEAST_SIGMA)
         elif self.rescale == "activity":
             share = factors @ torch.bincount(groups, minlength=factors.shape[1]).to(h.dtype) / len(groups)
             factors = factors / share.clamp(min=1 / len(groups))[:, None]
-        return h * factors.index_select(1, groups)
+        kept = h * self._spread(factors, index)
+        if self.fill is None:
+            return kept, kept
+        return kept, kept + self.fill[index] * (1 - self._spread(bits, index))
+
+    def _spread(self, bits: Tensor, index: int) -> Tensor:
+        """For each neuron of a layer the number of its group. As a product where there is a gradient, whose backward
+        pass is then a product too instead of a slow scattered sum; the numbers are the same."""
+        groups = self.partition.membership[index]
+        return bits @ self.partition.rows[index] if bits.requires_grad else bits.index_select(1, groups)
 
     def cost(self, mask: Tensor) -> Cost:
         """What evaluating only the neurons that `mask` (bool, examples x bits) chooses takes, policy included."""
@@ -153,10 +180,17 @@ class LazyNetwork(nn.Module):
         """Share of the target's multiply-adds that the lazy network spends, policy included."""
         return self.cost(mask).total_multiply_adds / self.target_cost().total_multiply_adds
 
+    def computes(self, mask: Tensor) -> Tensor:
+        """That share for each example (float64, examples); differentiable in a relaxed `mask`."""
+        neurons, groups = self.partition.neurons(mask), self.partition.groups
+        sides = self._sides(neurons)
+        spent = (sides[:, :-1] * sides[:, 1:]).sum(1) + self.policy.gates[0].in_features * groups
+        above = neurons[:, : len(self.policy.gates) - 1]  # what the gates after the first read
+        spent = spent + groups * above.sum(1) + (self.policy.pool.inputs if self.policy.pool else 0)
+        return spent / self.target_cost().total_multiply_adds
+
     def _cost(self, neurons: Tensor) -> Cost:
-        linears = self.target.linears
-        ends = torch.ones(len(neurons), 1, dtype=torch.float64)
-        sides = torch.cat([linears[0].in_features * ends, neurons, linears[-1].out_features * ends], 1)
+        sides = self._sides(neurons)
         # Products of counts of the same example: layers are active together, so means must come after.
         products, outputs = (sides[:, :-1] * sides[:, 1:]).mean(0), sides[:, 1:].mean(0)
         return Cost(
@@ -165,6 +199,11 @@ class LazyNetwork(nn.Module):
             tuple((FLOAT_BYTES * (products + outputs)).tolist()),
         )
 
+    def _sides(self, neurons: Tensor) -> Tensor:
+        """Neurons at both ends of each weight layer (float64, examples x layers from input to output)."""
+        linears, ends = self.target.linears, torch.ones(len(neurons), 1, dtype=torch.float64)
+        return torch.cat([linears[0].in_features * ends, neurons, linears[-1].out_features * ends], 1)
+
 
 @torch.inference_mode()
 def evaluate(lazy: LazyNetwork, x: Tensor, first: Tensor | None = None, batch: int = 2048) -> Evaluation:
@@ -172,13 +211,42 @@ def evaluate(lazy: LazyNetwork, x: Tensor, first: Tensor | None = None, batch: i
     if not len(x):
         raise UsageError("there are no examples to evaluate")
     known = [None] * -(-len(x) // batch) if first is None else first.split(batch)
-    parts = [lazy.evaluate(part, done) for part, done in zip(x.split(batch), known, strict=True)]
-    return Evaluation(*(torch.cat([getattr(part, name) for part in parts]) for name in ("scores", "mask", "logits")))
+    parts = [_slim(lazy.evaluate(part, done)) for part, done in zip(x.split(batch), known, strict=True)]
+    return Evaluation(
+        torch.cat([part.scores for part in parts]),
+        torch.cat([part.mask for part in parts]),
+        torch.cat([part.logits for part in parts]),
+    )
+
+
+def _slim(found: Evaluation) -> Evaluation:
+    return dataclasses.replace(found, hidden=())  # all layers of all examples would be hundreds of megabytes
 
 
 def decided_by(lazy: LazyNetwork, decision: Decision) -> LazyNetwork:
     """The same target, partition and policy (shared, not copied) with another way to decide."""
-    return LazyNetwork(lazy.target, lazy.partition, lazy.policy, decision, lazy.rescale)
+    return LazyNetwork(lazy.target, lazy.partition, lazy.policy, decision, lazy.rescale, lazy.fill)
+
+
+@torch.inference_mode()
+def compensated(lazy: LazyNetwork, x: Tensor, batch: int = 2048) -> LazyNetwork:
+    """The same lazy network with the mean contribution of a skipped group added to the next layer's pre-activations.
+
+    A skipped neuron then counts as its mean over the examples of `x` (float32, examples x features) that skip it. The
+    sum over all neurons is part of the next bias, and from a kept activation its mean is subtracted, so no
+    multiply-add is added. Gates go on reading what was evaluated only. Layers are done from the first to the last,
+    because what is added below changes those above.
+    """
+    fill = [torch.zeros(width) for width in lazy.target.hidden]
+    for layer, columns in enumerate(lazy.partition.columns):
+        trial = LazyNetwork(lazy.target, lazy.partition, lazy.policy, lazy.decision, lazy.rescale, tuple(fill))
+        total, times = torch.zeros(len(columns)), torch.zeros(len(columns))
+        for part in x.split(batch):
+            found = trial.evaluate(part)
+            skipped = (~found.mask)[:, columns]
+            total, times = total + (found.hidden[layer] * skipped).sum(0), times + skipped.sum(0)
+        fill[layer] = total / times.clamp(min=1)
+    return LazyNetwork(lazy.target, lazy.partition, lazy.policy, lazy.decision, lazy.rescale, tuple(fill))
 
 
 def calibrated(lazy: LazyNetwork, x: Tensor, activity: float | Sequence[float]) -> LazyNetwork:

@@ -1,8 +1,15 @@
-"""The oracle: groups ranked by what they contribute, read off the full computation; a reference, not a bound."""
+"""What knows more than a policy may: the oracle, which ranks groups by what they contribute, read off the full
+computation, and the search over every example's masks. References that compute more than the target, no bounds."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import kl_div, log_softmax
 
+from condcomp_lib.errors import UsageError
+from condcomp_lib.lazy import LazyNetwork
 from condcomp_lib.partitions import Partition
 from condcomp_lib.policies import Policy, Pool
 from condcomp_lib.targets import MLP
@@ -33,17 +40,19 @@ class Oracle(Policy):
     def logits(self, gate: int, s: Tensor) -> Tensor:
         """Logarithms of the contributions (float32, examples x groups); see the class."""
         if self.scope == "layer":
-            return self._shares(gate, self._activations(gate, s)).clamp(min=TINY).log()
+            return self.shares(gate, self._activations(gate, s)).clamp(min=TINY).log()
         shares, h = torch.zeros(len(s), self.partition.groups), s
         for layer in range(len(self.target.hidden)):
             h = self._activations(layer, h)
-            shares = shares + self._shares(layer, h)
+            shares = shares + self.shares(layer, h)
         return shares.clamp(min=TINY).log()
 
     def _activations(self, layer: int, s: Tensor) -> Tensor:
         return self.target.activation(self.target.linears[layer](s))
 
-    def _shares(self, layer: int, h: Tensor) -> Tensor:
+    def shares(self, layer: int, h: Tensor) -> Tensor:
+        """Each group's share of the contributions of a layer (float32, examples x groups) whose neurons are at `h`
+        (float32, examples x neurons)."""
         added = self._added(layer, h)
         return added / added.sum(1, keepdim=True).clamp(min=TINY)
 
@@ -61,3 +70,104 @@ class Oracle(Policy):
         above, groups = self.target.linears[layer + 1].weight.detach(), self.partition.membership[layer]
         members = [(groups == group).nonzero().squeeze(1) for group in range(self.partition.groups)]
         return [(rows, above[:, rows].T @ above[:, rows]) for rows in members]
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Given bits for every example (bool, examples x bits)."""
+
+    mask: Tensor
+    groups: int
+
+    def __call__(self, logits: Tensor, gate: int) -> Tensor:  # noqa: ARG002
+        return self.mask[:, gate * self.groups : (gate + 1) * self.groups]
+
+
+class MaskSearch:
+    """Search over the masks of every single example, a structured baseline that *retrospective* misses.
+
+    A mask is worth the less the further the scores under it are from the full network's, measured by the
+    Kullback-Leibler divergence of the two predictions: no label is looked at. `greedy` starts with every group and
+    leaves out the least missed one, again and again; `improve` then exchanges one evaluated group of a gate for one
+    that is not, the best exchange first, until none helps.
+
+    Arguments: `lazy` whose target, partition and rescaling are meant; `counts` the groups of each gate to evaluate;
+    `batch` how many masks are tried at once.
+    """
+
+    def __init__(self, lazy: LazyNetwork, counts: Sequence[int], batch: int = 4096) -> None:
+        groups, gates = lazy.partition.groups, len(lazy.policy.gates)
+        if len(counts) != gates or not all(1 <= count <= groups for count in counts):
+            raise UsageError(f"give the groups to evaluate of each of {gates} gates, 1 to {groups}, not {list(counts)}")
+        self.lazy, self.counts, self.batch = lazy, tuple(counts), batch
+
+    @torch.inference_mode()
+    def distances(self, x: Tensor, masks: Tensor) -> Tensor:
+        """Divergences (float32, examples x masks) of `x` (float32, examples x features) under `masks` (bool, examples x
+        masks x bits)."""
+        first = self.lazy.target.linears[0](x)
+        wanted = log_softmax(self.lazy.target(x), 1)
+        each, found = max(1, self.batch // masks.shape[1]), []
+        for rows in torch.arange(len(x)).split(each):
+            again = rows.repeat_interleave(masks.shape[1])
+            decision = _Rows(masks[rows].flatten(0, 1), self.lazy.partition.groups)
+            scores = self.lazy.evaluate(x[again], first[again], decision).scores
+            divergence = kl_div(log_softmax(scores, 1), wanted[again], reduction="none", log_target=True).sum(1)
+            found.append(divergence.view(len(rows), -1))
+        return torch.cat(found)
+
+    @torch.inference_mode()
+    def scores(self, x: Tensor, mask: Tensor) -> Tensor:
+        """The lazy network's scores (float32, examples x classes) under `mask` (bool, examples x bits)."""
+        return self.lazy.evaluate(x, None, _Rows(mask, self.lazy.partition.groups)).scores
+
+    def greedy(self, x: Tensor) -> Tensor:
+        """Masks (bool, examples x bits) of `x` (float32, examples x features) found by leaving groups out."""
+        groups = self.lazy.partition.groups
+        mask = torch.ones(len(x), self.lazy.partition.bits, dtype=torch.bool)
+        for _ in range(self.lazy.partition.bits - sum(self.counts)):
+            # A group may go while its gate has more than it is asked for; every example has equally many left.
+            left = mask.view(len(x), -1, groups).sum(2, keepdim=True) > torch.tensor(self.counts)[:, None]
+            open_bits = (mask.view(len(x), -1, groups) & left).flatten(1)
+            candidates = open_bits.nonzero()[:, 1].view(len(x), -1) if _even(open_bits) else None
+            mask = self._without(x, mask, open_bits, candidates)
+        return mask
+
+    def _without(self, x: Tensor, mask: Tensor, open_bits: Tensor, candidates: Tensor | None) -> Tensor:
+        """Each example's mask without the group that is missed least among its candidates."""
+        if candidates is None:  # examples differ in how many may go: try all bits, count only those
+            candidates = torch.arange(mask.shape[1]).expand(len(x), -1)
+        tried = mask[:, None].repeat(1, candidates.shape[1], 1)
+        tried.scatter_(2, candidates[:, :, None], False)
+        distances = self.distances(x, tried).masked_fill(~open_bits.gather(1, candidates), torch.inf)
+        gone = candidates.gather(1, distances.argmin(1, keepdim=True))
+        return mask.scatter(1, gone, False)
+
+    def improve(self, x: Tensor, mask: Tensor, rounds: int = 10) -> Tensor:
+        """Masks after at most `rounds` exchanges in each example, every one of which lowers its divergence."""
+        groups, mask = self.lazy.partition.groups, mask.clone()
+        now = self.distances(x, mask[:, None])[:, 0]
+        for _ in range(rounds):
+            before = mask.clone()
+            for gate, count in enumerate(self.counts):
+                if count == groups:
+                    continue
+                own = slice(gate * groups, (gate + 1) * groups)
+                on = mask[:, own].nonzero()[:, 1].view(len(x), count) + gate * groups
+                off = (~mask[:, own]).nonzero()[:, 1].view(len(x), groups - count) + gate * groups
+                out, into = on.repeat_interleave(groups - count, 1), off.repeat(1, count)
+                tried = mask[:, None].repeat(1, out.shape[1], 1)
+                tried.scatter_(2, out[:, :, None], False).scatter_(2, into[:, :, None], True)
+                distances, best = self.distances(x, tried).min(1)
+                better = distances < now
+                mask[better] = tried[better, best[better]]
+                now = torch.where(better, distances, now)
+            if mask.equal(before):
+                break
+        return mask
+
+
+def _even(bits: Tensor) -> bool:
+    """Whether every example has equally many bits set."""
+    counts = bits.sum(1)
+    return bool((counts == counts[0]).all())

@@ -6,6 +6,7 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from condcomp_lib.errors import UsageError, unknown
 
@@ -58,6 +59,11 @@ class Partition:
         """For each layer, the mask's bit that each neuron obeys (int64, neurons)."""
         step = self.groups if self.scope == "layer" else 0
         return tuple(groups + layer * step for layer, groups in enumerate(self.membership))
+
+    @cached_property
+    def rows(self) -> tuple[Tensor, ...]:
+        """For each layer, membership as one-hot columns (float32, groups x neurons)."""
+        return tuple(one_hot(groups, self.groups).float().T.contiguous() for groups in self.membership)
 
     @cached_property
     def sizes_by_layer(self) -> Tensor:

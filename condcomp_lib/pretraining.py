@@ -1,9 +1,11 @@
-"""Ways to train a target with lazy evaluation in mind (*partitions*, section 4): dropout, fixed or at random rates."""
+"""Ways to train a target with lazy evaluation in mind (*partitions*, section 4): dropout, fixed or at random rates,
+and moved pictures."""
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from condcomp_lib.errors import UsageError, unknown
 from condcomp_lib.targets import MLP
@@ -61,6 +63,22 @@ def dropped(h: Tensor, keep: float, generator: torch.Generator) -> Tensor:
     if keep == 1:
         return h
     return h * torch.empty_like(h).bernoulli_(keep, generator=generator).div_(keep)
+
+
+def shifted(x: Tensor, shape: tuple[int, int, int], most: int, generator: torch.Generator) -> Tensor:
+    """Each picture moved by up to `most` pixels each way, drawn uniformly; the border is repeated.
+
+    Arguments: `x` float32 (examples x features) of pictures of `shape` (channels, height, width).
+    """
+    if most < 0:
+        raise UsageError(f"pictures can be moved by 0 pixels or more, not by {most}")
+    channels, height, width = shape
+    wide = pad(x.reshape(-1, *shape), (most,) * 4, mode="replicate")
+    down, right = torch.randint(2 * most + 1, (2, len(x), 1), generator=generator)
+    rows, columns = (down + torch.arange(height))[:, None, :, None], (right + torch.arange(width))[:, None, None, :]
+    return wide[
+        torch.arange(len(x))[:, None, None, None], torch.arange(channels)[:, None, None], rows, columns
+    ].flatten(1)
 
 
 def scores_with_dropout(target: MLP, x: Tensor, keep: float, generator: torch.Generator) -> Tensor:

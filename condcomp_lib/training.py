@@ -1,13 +1,11 @@
-"""Training of targets, of policies on a frozen target, and of equal-compute controls.
+"""Training of targets and of equal-compute controls (policies: `policy_training`).
 
 A trained target or control lies in the artefact cache under its spec and is trained once.
 """
 
 import dataclasses
 import functools
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,20 +15,13 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax, softmax
 
 from condcomp_lib import pretraining as dropout
 from condcomp_lib.datasets import Dataset, Split
-from condcomp_lib.errors import UsageError, unknown
-from condcomp_lib.estimators import Reinforce, log_probability
+from condcomp_lib.errors import unknown
 from condcomp_lib.fitting import Fitted, fit, plan
-from condcomp_lib.lazy import LazyNetwork, evaluate
-from condcomp_lib.oracle import Oracle
-from condcomp_lib.policies import Sample
 from condcomp_lib.runs import Outcome, Record, RunSpec, RunStore
-from condcomp_lib.sparsity import check_tau, sparsity_loss
 from condcomp_lib.targets import ACTIVATIONS, MLP, hidden_widths, multiply_adds
 
 RECIPE = 1
 CONTROL_RECIPE = 1
-POLICY_RECIPE = 1
-MOST_WEIGHT = 1e4  # of the sparsity terms under a controller
 CACHE_BYTES = 2**30  # most that the frozen first layer's pre-activations may take
 TEMPERATURE = 2.0  # of both networks' scores in distillation
 
@@ -144,125 +135,6 @@ def accuracy(model: Callable[[Tensor], Tensor], split: Split) -> float:
     return hits.double().mean().item()
 
 
-@dataclass(frozen=True)
-class PolicyCurve:
-    """Validation accuracy and activity after each epoch of policy training, masks sampled."""
-
-    accuracy: list[float]
-    activity: list[float]
-
-
-def policy_plan(
-    *,
-    baseline: str = "mean",
-    tau: float = 0.25,
-    lambda_s: float = 1.0,
-    lambda_v: float = 0.0,
-    controller: float = 0.0,
-    **training: Any,
-) -> dict[str, Any]:
-    """The settings of policy training, checked: REINFORCE's `baseline`, the sparsity target `tau` with the weights of
-    L_b + L_e and L_v, and `training` as for `plan`.
-
-    With `controller` above 0, `lambda_s` is only where its weight starts: after each minibatch it is multiplied by
-    exp(controller * (activity - tau)), so that the share of neurons evaluated, not only of groups, comes to tau. While
-    a policy is saturated the weight winds up, to MOST_WEIGHT at most, and then holds groups close to tau.
-
-    >>> policy_plan(epochs=5)["tau"]
-    0.25
-    """
-    check_tau(tau)
-    Reinforce(baseline)
-    for name, value in (("lambda_s", lambda_s), ("lambda_v", lambda_v), ("controller", controller)):
-        if not 0 <= value < math.inf:
-            raise UsageError(f"{name} must be a number of at least 0, not {value}")
-    if controller and not lambda_s:
-        raise UsageError("a controller multiplies lambda_s, which must then start above 0")
-    estimator = {"estimator": "reinforce", "baseline": baseline}
-    sparsity = {"tau": tau, "lambda_s": lambda_s, "lambda_v": lambda_v}
-    return {**estimator, **sparsity, **({"controller": controller} if controller else {}), **plan(**training)}
-
-
-def train_policy(
-    lazy: LazyNetwork,
-    data: Dataset,
-    settings: Mapping[str, Any],
-    generator: torch.Generator,
-    *,
-    first: Tensor | None = None,
-    cache_bytes: int = CACHE_BYTES,
-    progress: str | None = None,
-) -> PolicyCurve:
-    """Train the policy of `lazy` in place by REINFORCE on the loss of the lazy network; the target is frozen.
-
-    The cost of an example is its negative log likelihood under the sampled mask; lambda_s (L_b + L_e) + lambda_v L_v is
-    added and follows its own gradient. The policy of the last epoch is kept: an epoch chosen by accuracy alone would be
-    one of high activity. The first layer's pre-activations are computed once where they fit into `cache_bytes`.
-
-    Arguments: `settings` as from `policy_plan`; `generator` shuffles (masks are drawn by the lazy network's decision);
-    `first` those pre-activations of the training data where they are known already, as from `first_layer`.
-    """
-    check_learnable(lazy, min(len(data.train), settings.get("epoch_examples", len(data.train))), settings)
-    lazy.target.requires_grad_(False)
-    x, y = torch.from_numpy(data.train.x), torch.from_numpy(data.train.y)
-    estimator, curve, lambda_s = Reinforce(settings["baseline"]), PolicyCurve([], []), settings["lambda_s"]
-    if first is None:
-        first = first_layer(lazy.target, x, cache_bytes)
-    first_valid = first_layer(lazy.target, torch.from_numpy(data.valid.x), cache_bytes)
-
-    def loss(rows: Tensor) -> Tensor:
-        nonlocal lambda_s
-        found = lazy.evaluate(x[rows], None if first is None else first[rows])
-        costs = cross_entropy(found.scores, y[rows], reduction="none")
-        sparsity = sparsity_loss(found.logits.sigmoid(), settings["tau"], lambda_s, settings["lambda_v"])
-        if "controller" in settings:
-            over = lazy.partition.activity(found.mask).mean().item() - settings["tau"]
-            lambda_s = min(MOST_WEIGHT, lambda_s * math.exp(min(1.0, settings["controller"] * over)))
-        return estimator.loss(costs, log_probability(found.logits, found.mask)) + sparsity
-
-    def score() -> float:
-        found = evaluate(lazy, torch.from_numpy(data.valid.x), first_valid)
-        curve.accuracy.append(hits(found.scores, data.valid))
-        curve.activity.append(lazy.partition.activity(found.mask).mean().item())
-        return curve.accuracy[-1]
-
-    fit(lazy.policy, loss, score, len(x), settings, generator, keep="last", progress=progress)
-    return curve
-
-
-def check_learnable(lazy: LazyNetwork, examples: int, settings: Mapping[str, Any]) -> None:
-    """Raise UsageError when REINFORCE with these settings could not train the policy of `lazy` on so many examples."""
-    needs = [f"baseline {settings['baseline']!r}"] if settings["baseline"] in ("mean", "leave-one-out") else []
-    needs += ["L_v"] if settings["lambda_v"] else []
-    if examples % settings["batch"] == 1 and needs:
-        raise UsageError(f"{examples} examples in batches of {settings['batch']} leave a last batch of one, for "
-                         f"which {needs[0]} says nothing; choose another batch")  # fmt: skip
-    if isinstance(lazy.policy, Oracle):
-        raise UsageError("an oracle has nothing to learn; give it a lazy network with a Policy")
-    if not isinstance(lazy.decision, Sample):
-        raise UsageError(f"REINFORCE learns from sampled masks, not from a {type(lazy.decision).__name__}; give it a "
-                         "lazy network that decides by Sample")  # fmt: skip
-
-
-def obtain_policy(spec: RunSpec, lazy: LazyNetwork, data: Dataset, artefacts: RunStore) -> Record:
-    """Give `lazy` the trained policy of `spec` in place, from the artefact cache or trained now; return its record.
-
-    `spec.settings` holds what `policy_plan` returns, the "policy_seed" that shuffles, and whatever else made `lazy`
-    what it is: its target, partition and rescaling.
-    """
-
-    def compute(wanted: RunSpec) -> Outcome:
-        shuffling = torch.Generator().manual_seed(wanted.settings["policy_seed"])
-        curve = train_policy(lazy, data, wanted.settings, shuffling)
-        weights = {name: np.asarray(tensor) for name, tensor in lazy.policy.state_dict().items()}
-        result = {"accuracy_curve": curve.accuracy, "activity_curve": curve.activity, "epochs": len(curve.accuracy)}
-        return Outcome(result, weights, {"note": data.note, "checksum": data.checksum})
-
-    record = shelf(artefacts, data).obtain(spec, compute)
-    lazy.policy.load_state_dict({name: torch.from_numpy(array) for name, array in record.arrays().items()})
-    return record
-
-
 @torch.inference_mode()
 def first_layer(target: MLP, x: Tensor, most_bytes: int) -> Tensor | None:
     """The first layer's pre-activations of `x` (float32, examples x neurons); None where they take more bytes.
@@ -303,6 +175,7 @@ def obtain_control(
     artefacts: RunStore,
     *,
     seed: int = 0,
+    augment: int = 0,
     **training: Any,
 ) -> tuple[MLP, Record]:
     """The equal-compute control: the dense net of `wanted` multiply-adds distilled from `target`, and its record.
@@ -311,7 +184,8 @@ def obtain_control(
     with the best validation accuracy. From the artefact cache, or trained now.
 
     Arguments: `trained` the record of `target`; `wanted` the lazy network's measured multiply-adds, policy
-    included (`LazyNetwork.cost(mask).total_multiply_adds`); `seed` of weights and shuffling; `training` as for `plan`.
+    included (`LazyNetwork.cost(mask).total_multiply_adds`); `seed` of weights and shuffling; `augment`
+    pixels by which pictures are moved; `training` as for `plan`.
     """
     settings = {
         "dataset": data.name,
@@ -321,7 +195,7 @@ def obtain_control(
         "target_seed": seed,
         **plan(**training),
     }
-    spec = RunSpec("controls", CONTROL_RECIPE, settings)
+    spec = RunSpec("controls", CONTROL_RECIPE, {**settings, "augment": augment} if augment else settings)
     compute = functools.partial(_distil, target=target, trained=trained, data=data)
     record = shelf(artefacts, data).obtain(spec, compute)
     return _restored(build(spec, data), record), record
@@ -331,12 +205,18 @@ def _distil(spec: RunSpec, target: MLP, trained: Record, data: Dataset) -> Outco
     """Train the control of `spec` on the labels and on the scores of `target`."""
     model = build(spec, data)
     x, y = torch.from_numpy(data.train.x), torch.from_numpy(data.train.y)
-    with torch.inference_mode():
-        wanted = torch.cat([softmax(target(part) / TEMPERATURE, 1) for part in x.split(2048)]).clone()
+    augment, moving = spec.settings.get("augment"), torch.Generator().manual_seed(spec.settings["target_seed"] + 1)
+
+    @torch.no_grad()
+    def soft_labels(pictures: Tensor) -> Tensor:
+        return torch.cat([softmax(target(part) / TEMPERATURE, 1) for part in pictures.split(2048)])
+
+    known = None if augment else soft_labels(x)
 
     def loss(rows: Tensor) -> Tensor:
-        scores = model(x[rows])
-        soft = kl_div(log_softmax(scores / TEMPERATURE, 1), wanted[rows], reduction="batchmean")
+        pictures = dropout.shifted(x[rows], data.shape, augment, moving) if augment else x[rows]
+        scores, wanted = model(pictures), soft_labels(pictures) if known is None else known[rows]
+        soft = kl_div(log_softmax(scores / TEMPERATURE, 1), wanted, reduction="batchmean")
         return 0.5 * cross_entropy(scores, y[rows]) + 0.5 * TEMPERATURE**2 * soft
 
     shuffling = torch.Generator().manual_seed(spec.settings["target_seed"])

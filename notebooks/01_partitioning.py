@@ -55,7 +55,8 @@ from condcomp_lib.studies import (
     split_results,
     targets,
 )
-from condcomp_lib.training import obtain_control, obtain_target, policy_plan, train_policy
+from condcomp_lib.policy_training import policy_plan, train_policy
+from condcomp_lib.training import obtain_control, obtain_target
 
 plots.use_style()
 torch.set_num_threads(1)  # results depend on it

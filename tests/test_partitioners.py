@@ -19,8 +19,8 @@ from condcomp_lib.partitioners.gumbel import EPS, SCALE, Gumbel, gumbel_scores, 
 from condcomp_lib.partitioners.local import LocalSearch
 from condcomp_lib.partitions import Partition, make_partition
 from condcomp_lib.policies import Policy, Sample
+from condcomp_lib.policy_training import policy_plan
 from condcomp_lib.targets import MLP
-from condcomp_lib.training import policy_plan
 
 WIDTHS, GROUPS = (8, 6), 3
 SEEDS = range(10)

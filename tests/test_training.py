@@ -13,13 +13,14 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from condcomp_lib import datasets, training
+from condcomp_lib import datasets, estimators, policy_training, training
 from condcomp_lib.datasets import Split
 from condcomp_lib.errors import UsageError
 from condcomp_lib.fitting import OPTIMISERS, SCHEDULES, TrainingError, fit, plan
 from condcomp_lib.lazy import LazyNetwork, decided_by, evaluate
 from condcomp_lib.partitions import Partition, make_partition
 from condcomp_lib.policies import Policy, Sample, Threshold
+from condcomp_lib.policy_training import policy_plan, train_policy
 from condcomp_lib.pretraining import PRETRAINING
 from condcomp_lib.runs import RunStore
 from condcomp_lib.targets import MLP, multiply_adds
@@ -30,9 +31,7 @@ from condcomp_lib.training import (
     first_layer,
     obtain_control,
     obtain_target,
-    policy_plan,
     target_spec,
-    train_policy,
 )
 
 RATES = {"sgd": 0.1, "momentum": 0.05, "rmsprop": 0.003, "adam": 0.01}
@@ -575,9 +574,9 @@ def with_a_large_group(lazy):
 
 def test_the_controller_follows_the_share_of_neurons_above_tau(trained, data, monkeypatch):
     used, masks = [], []
-    known = training.sparsity_loss, training.log_probability
-    monkeypatch.setattr(training, "sparsity_loss", lambda *given: used.append(given[2]) or known[0](*given))
-    monkeypatch.setattr(training, "log_probability", lambda *given: masks.append(given[1]) or known[1](*given))
+    known = policy_training.sparsity_loss, estimators.log_probability
+    monkeypatch.setattr(policy_training, "sparsity_loss", lambda *given: used.append(given[2]) or known[0](*given))
+    monkeypatch.setattr(estimators, "log_probability", lambda *given: masks.append(given[1]) or known[1](*given))
     lazy = with_a_large_group(lazy_net(trained))
     train_policy(lazy, data, policy_settings(tau=0.3, lambda_s=0.5, controller=0.1), seeded())
     expected, sizes = [0.5], lazy.partition.sizes.tolist()

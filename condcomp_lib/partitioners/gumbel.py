@@ -14,8 +14,9 @@ from condcomp_lib.fitting import fit
 from condcomp_lib.lazy import LazyNetwork, evaluate
 from condcomp_lib.partitioners import check_cut, check_worth
 from condcomp_lib.partitions import Partition, check_groups
+from condcomp_lib.policy_training import PolicyCurve, check_learnable
 from condcomp_lib.sparsity import sparsity_loss
-from condcomp_lib.training import PolicyCurve, check_learnable, hits
+from condcomp_lib.training import hits
 
 EPS = 1e-20  # inside the logarithms of the Gumbel noise
 SCALE = 10.0  # preferences are stored divided by it: the optimiser's steps on them are as much larger

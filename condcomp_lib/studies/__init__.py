@@ -20,7 +20,17 @@ from condcomp_lib.provenance import environment
 from condcomp_lib.published import Answer
 from condcomp_lib.runs import Outcome, Record, RunSpec, RunStore
 
-NAMES = ("start", "targets", "partitioning", "partitioning-splits", "partitioning-ladder")
+NAMES = (
+    "start",
+    "targets",
+    "partitioning",
+    "partitioning-splits",
+    "partitioning-ladder",
+    "policies",
+    "policies-dpg",
+    "policies-bias",
+    "policies-search",
+)
 
 # Which notebook takes up which part of the papers, by the start of the ids in `published.csv`.
 NOTEBOOKS = {

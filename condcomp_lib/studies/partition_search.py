@@ -25,10 +25,11 @@ from condcomp_lib.partitioners.gumbel import Gumbel, train_gumbel
 from condcomp_lib.partitioners.local import LocalSearch
 from condcomp_lib.partitions import Partition
 from condcomp_lib.policies import Policy, Sample
+from condcomp_lib.policy_training import train_policy
 from condcomp_lib.runs import Outcome, Record, RunSpec, RunStore
 from condcomp_lib.studies import partitioning
 from condcomp_lib.targets import MLP
-from condcomp_lib.training import CACHE_BYTES, first_layer, shelf, train_policy
+from condcomp_lib.training import CACHE_BYTES, first_layer, shelf
 
 RECIPE = 1
 # What a partition depends on. The policy that is trained on it afterwards is not among it: "search" has its own.

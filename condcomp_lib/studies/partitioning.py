@@ -16,13 +16,14 @@ from condcomp_lib.datasets import Dataset
 from condcomp_lib.lazy import LazyNetwork
 from condcomp_lib.partitions import Partition, make_partition
 from condcomp_lib.policies import Policy, Sample
+from condcomp_lib.policy_training import POLICY_RECIPE, obtain_policy, policy_plan
 from condcomp_lib.published import Answer
 from condcomp_lib.runs import Outcome, Record, RunSpec, RunStore
 from condcomp_lib.studies import targets
 from condcomp_lib.studies.lazy_results import SAMPLED, Kind, by_kind, gains, kind_id, label, over_controls, over_runs
 from condcomp_lib.studies.lazy_runs import DRAWS, deciding, measure
 from condcomp_lib.targets import MLP
-from condcomp_lib.training import POLICY_RECIPE, obtain_control, obtain_policy, obtain_target, policy_plan
+from condcomp_lib.training import obtain_control, obtain_target
 
 RECIPE = 1
 GROUPS = 16

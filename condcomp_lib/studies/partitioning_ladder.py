@@ -17,6 +17,7 @@ from condcomp_lib.oracle import Oracle
 from condcomp_lib.partitioners.clustering import activation_partition
 from condcomp_lib.partitions import Partition, make_partition
 from condcomp_lib.policies import Blind, Policy, Pool, Sample
+from condcomp_lib.policy_training import policy_plan, train_policy
 from condcomp_lib.published import Answer
 from condcomp_lib.runs import Outcome, Record, RunSpec, RunStore
 from condcomp_lib.studies import targets
@@ -24,7 +25,7 @@ from condcomp_lib.studies.lazy_results import Kind, kind_id, kind_of, label
 from condcomp_lib.studies.lazy_runs import control_of, measured
 from condcomp_lib.studies.partitioning import PAPER, PLAIN, TAU
 from condcomp_lib.targets import MLP, hidden_widths, multiply_adds
-from condcomp_lib.training import accuracy, obtain_target, policy_plan, train_policy
+from condcomp_lib.training import accuracy, obtain_target
 
 RECIPE = 1
 NEURONS = "single neurons"  # the split of the first rung: every neuron is a group of its own

@@ -7,6 +7,7 @@ from typing import Any
 
 from condcomp_lib import published, studies
 from condcomp_lib.claims import Claim, judge
+from condcomp_lib.policy_training import obtain_policy, policy_plan
 from condcomp_lib.published import Answer
 from condcomp_lib.runs import Outcome, Record, RunSpec, RunStore
 from condcomp_lib.studies import partitioning, targets
@@ -15,7 +16,7 @@ from condcomp_lib.studies.lazy_runs import DRAWS, control_of, deciding, measure
 from condcomp_lib.studies.partition_search import obtain_partition
 from condcomp_lib.studies.partitioning import GROUPS, KINDS, PAPER, SMALL, TAU
 from condcomp_lib.studies.split_results import HELD, LED, PUBLISHED_WAY, kinds, of_kind, tracked_at
-from condcomp_lib.training import obtain_policy, obtain_target, policy_plan
+from condcomp_lib.training import obtain_target
 
 RECIPE = 1
 TRIALS = 20

@@ -1,0 +1,278 @@
+"""Training of policies: on a frozen target, or with its weights fine-tuned under the policy's masks."""
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, kl_div, log_softmax
+
+from condcomp_lib.datasets import Dataset
+from condcomp_lib.errors import UsageError, unknown
+from condcomp_lib.estimators import Dense, Estimate, Estimator, Minibatch, Reinforce
+from condcomp_lib.estimators.disarm import DisARM
+from condcomp_lib.estimators.dpg import DPG
+from condcomp_lib.estimators.pathwise import (
+    GaussianNoise,
+    GumbelSigmoid,
+    Pathwise,
+    StraightThrough,
+    ThresholdThrough,
+)
+from condcomp_lib.estimators.supervised import Supervised
+from condcomp_lib.fitting import fit, plan
+from condcomp_lib.lazy import Evaluation, LazyNetwork, calibrated, evaluate
+from condcomp_lib.oracle import Oracle
+from condcomp_lib.policies import Sample, asked_by_gate
+from condcomp_lib.pretraining import shifted
+from condcomp_lib.runs import Outcome, Record, RunSpec, RunStore
+from condcomp_lib.sparsity import FORMS, check_tau, gated_loss, sparsity_loss
+from condcomp_lib.training import CACHE_BYTES, TEMPERATURE, first_layer, hits, shelf
+
+POLICY_RECIPE = 1
+MOST_WEIGHT = 1e4  # of the sparsity terms under a controller
+
+# What each estimator is made from: the settings' options, the lazy network and the share of groups asked of each gate.
+Maker = Callable[[Mapping[str, Any], LazyNetwork, Sequence[float]], Estimator]
+ESTIMATORS: dict[str, Maker] = {
+    "dense": lambda own, lazy, asked: Dense(),  # noqa: ARG005
+    "reinforce": lambda own, lazy, asked: Reinforce(**own),  # noqa: ARG005
+    "dpg": lambda own, lazy, asked: DPG(**own),  # noqa: ARG005
+    "dpg-bits": lambda own, lazy, asked: DPG(reads="bits", **own),  # noqa: ARG005
+    "disarm": lambda own, lazy, asked: DisARM(**own),  # noqa: ARG005
+    "straight-through": lambda own, lazy, asked: Pathwise(StraightThrough),  # noqa: ARG005
+    "threshold-through": lambda own, lazy, asked: Pathwise(ThresholdThrough),  # noqa: ARG005
+    "gumbel-sigmoid": lambda own, lazy, asked: Pathwise(lambda draws: GumbelSigmoid(draws, **own)),  # noqa: ARG005
+    "gaussian": lambda own, lazy, asked: Pathwise(lambda draws: GaussianNoise(draws, **own)),  # noqa: ARG005
+    "regression": lambda own, lazy, asked: Supervised(_oracle(lazy), asked, "regression"),  # noqa: ARG005
+    "cross-entropy": lambda own, lazy, asked: Supervised(_oracle(lazy), asked, "cross-entropy"),  # noqa: ARG005
+}
+SUPERVISED = ("regression", "cross-entropy")
+
+
+@dataclass(frozen=True)
+class PolicyCurve:
+    """Validation accuracy and activity after each epoch of policy training: masks sampled, or decided by thresholds
+    calibrated to the `rates` that the settings ask for."""
+
+    accuracy: list[float]
+    activity: list[float]
+
+
+def policy_plan(
+    *,
+    estimator: str = "reinforce",
+    baseline: str = "mean",
+    tau: float = 0.25,
+    lambda_s: float = 1.0,
+    lambda_v: float = 0.0,
+    controller: float = 0.0,
+    **more: Any,
+) -> dict[str, Any]:
+    """The settings of policy training, checked: the estimator (REINFORCE with its `baseline` unless another of
+    ESTIMATORS is named), the sparsity target `tau` with the weights of L_b + L_e and L_v, and `more`: any of the
+    settings below, and those of `plan`.
+
+    With `controller` above 0, `lambda_s` is only where its weight starts: after each minibatch it is multiplied by
+    exp(controller * (activity - tau)), so that the share of neurons evaluated, not only of groups, comes to tau. While
+    a policy is saturated the weight winds up, to MOST_WEIGHT at most, and then holds groups close to tau.
+
+    `options` of the estimator by name; `sparsity` one of `sparsity.FORMS`, gate by gate, with `rates` the sparsity
+    target of each gate in place of tau; `computation` the weight of the share of multiply-adds in an example's cost;
+    `distil` the weight in it of the divergence from the target's scores; `labels` that of the label's negative log
+    likelihood (1); `augment` pixels by which pictures are moved; `warm_start` epochs of cross-entropy to the oracle's
+    groups before; `finetune` a learning rate of the target's weights (None: frozen).
+
+    >>> policy_plan(epochs=5)["tau"]
+    0.25
+    """
+    check_tau(tau)
+    own = {key: more.pop(key) for key in _MORE if key in more}
+    _check_more(estimator, own)
+    if estimator == "reinforce":
+        Reinforce(baseline, **own.get("options", {}))
+    for name, value in (("lambda_s", lambda_s), ("lambda_v", lambda_v), ("controller", controller)):
+        if not 0 <= value < math.inf:
+            raise UsageError(f"{name} must be a number of at least 0, not {value}")
+    if controller and not lambda_s:
+        raise UsageError("a controller multiplies lambda_s, which must then start above 0")
+    found = {"estimator": estimator, **({"baseline": baseline} if estimator == "reinforce" else {})}
+    sparsity = {"tau": tau, "lambda_s": lambda_s, "lambda_v": lambda_v}
+    return {**found, **sparsity, **({"controller": controller} if controller else {}), **own, **plan(**more)}
+
+
+_MORE = ("options", "sparsity", "rates", "computation", "distil", "labels", "augment", "warm_start", "finetune")
+_WEIGHTS = ("computation", "distil", "labels", "augment", "warm_start", "finetune")
+
+
+def _check_more(estimator: str, own: Mapping[str, Any]) -> None:
+    if estimator not in ESTIMATORS:
+        raise unknown("estimator", estimator, ESTIMATORS)
+    if own.get("sparsity", "text") not in FORMS:
+        raise unknown("form of the sparsity loss", own["sparsity"], FORMS)
+    for rate in own.get("rates", ()):
+        check_tau(rate)
+    for name in _WEIGHTS:
+        if not 0 <= (own.get(name) or 0) < math.inf:
+            raise UsageError(f"{name} must be a number of at least 0, not {own[name]}")
+
+
+def train_policy(
+    lazy: LazyNetwork,
+    data: Dataset,
+    settings: Mapping[str, Any],
+    generator: torch.Generator,
+    *,
+    first: Tensor | None = None,
+    cache_bytes: int = CACHE_BYTES,
+    progress: str | None = None,
+) -> PolicyCurve:
+    """Train the policy of `lazy` in place by the estimator of `settings` on the cost of the lazy network.
+
+    The cost of an example is its negative log likelihood under the mask (and what `policy_plan` adds to it); the
+    sparsity loss is added and follows its own gradient. The policy of the last epoch is kept: an epoch chosen by
+    accuracy alone would be one of high activity. The target is frozen, and the first layer's pre-activations are
+    computed once where they fit into `cache_bytes`; with `finetune` its weights are trained too, in place.
+
+    Arguments: `settings` as from `policy_plan`; `generator` shuffles (masks are drawn by the lazy network's decision
+    where it samples); `first` those pre-activations of the training data where known already, as from `first_layer`.
+    """
+    check_learnable(lazy, min(len(data.train), settings.get("epoch_examples", len(data.train))), settings)
+    if not settings.get("warm_start"):
+        return _Training(lazy, data, settings, generator, first, cache_bytes).run(progress)
+    before = {**settings, "estimator": "cross-entropy", "max_epochs": settings["warm_start"], "options": {}}
+    without = ("finetune", "warm_start", "computation", "controller")
+    warm = _Training(lazy, data, {key: value for key, value in before.items() if key not in without}, generator,
+                     first, cache_bytes)  # fmt: skip
+    curve = warm.run(progress)
+    after = _Training(lazy, data, settings, generator, warm.first, cache_bytes).run(progress)
+    return PolicyCurve(curve.accuracy + after.accuracy, curve.activity + after.activity)
+
+
+class _Training:
+    """One training of a policy: what `train_policy` holds from minibatch to minibatch."""
+
+    def __init__(
+        self,
+        lazy: LazyNetwork,
+        data: Dataset,
+        settings: Mapping[str, Any],
+        generator: torch.Generator,
+        first: Tensor | None,
+        cache_bytes: int,
+    ) -> None:
+        self.lazy, self.data, self.settings, self.generator = lazy, data, settings, generator
+        self.asked = asked_by_gate(settings.get("rates", settings["tau"]), len(lazy.policy.gates))
+        options = dict(settings.get("options", {}))
+        if settings["estimator"] == "reinforce":
+            options["baseline"] = settings["baseline"]
+        self.estimator = ESTIMATORS[settings["estimator"]](options, lazy, self.asked)
+        self.lambda_s, self.tuned = settings["lambda_s"], settings.get("finetune")
+        self.drawing = lazy.decision.generator if isinstance(lazy.decision, Sample) else generator
+        lazy.target.requires_grad_(bool(self.tuned))
+        self.x, self.y = torch.from_numpy(data.train.x), torch.from_numpy(data.train.y)
+        self.teacher = copy.deepcopy(lazy.target).requires_grad_(False) if settings.get("distil") else None
+        frozen = not self.tuned and not settings.get("augment")
+        self.first = (first_layer(lazy.target, self.x, cache_bytes) if first is None else first) if frozen else None
+        valid = torch.from_numpy(data.valid.x)
+        self.first_valid = None if self.tuned else first_layer(lazy.target, valid, cache_bytes)
+        self.curve = PolicyCurve([], [])
+
+    def run(self, progress: str | None) -> PolicyCurve:
+        model = nn.ModuleList([self.lazy.policy, self.lazy.target]) if self.tuned else self.lazy.policy
+        rates = [(self.lazy.target, self.tuned)] if self.tuned else []
+        fit(model, self.loss, self.score, len(self.x), self.settings, self.generator, keep="last", rates=rates,
+            progress=progress)  # fmt: skip
+        self.lazy.target.requires_grad_(False)
+        return self.curve
+
+    def loss(self, rows: Tensor) -> Tensor:
+        x, y = self.x[rows], self.y[rows]
+        if self.settings.get("augment"):
+            x = shifted(x, self.data.shape, self.settings["augment"], self.generator)
+        known = None if self.first is None else self.first[rows]
+        wanted = None if self.teacher is None else self.teacher(x)
+        found = self.estimator(Minibatch(self.lazy, x, lambda found: self.cost(found, y, wanted), known), self.drawing)
+        if self.settings["estimator"] in SUPERVISED:
+            return found.loss
+        return found.loss + self.sparsity(found)
+
+    def cost(self, found: Evaluation, y: Tensor, wanted: Tensor | None) -> Tensor:
+        """Each example's cost (float32): label, divergence from the target's scores, computation."""
+        costs = cross_entropy(found.scores, y, reduction="none") * self.settings.get("labels", 1.0)
+        if wanted is not None:
+            ours, theirs = (log_softmax(scores / TEMPERATURE, 1) for scores in (found.scores, wanted))
+            soft = kl_div(ours, theirs, reduction="none", log_target=True).sum(1)
+            costs = costs + self.settings["distil"] * TEMPERATURE**2 * soft
+        if self.settings.get("computation"):
+            costs = costs + self.settings["computation"] * self.lazy.computes(found.mask).to(costs.dtype)
+        return costs
+
+    def sparsity(self, estimate: Estimate) -> Tensor:
+        settings, found = self.settings, estimate.found
+        if "controller" in settings:
+            before, over = self.lambda_s, self.lazy.partition.activity(found.mask).mean().item() - settings["tau"]
+            self.lambda_s = min(MOST_WEIGHT, before * math.exp(min(1.0, settings["controller"] * over)))
+            return self._sparsity(found, before)
+        return self._sparsity(found, self.lambda_s)
+
+    def _sparsity(self, found: Evaluation, lambda_s: float) -> Tensor:
+        if "sparsity" not in self.settings:
+            return sparsity_loss(found.logits.sigmoid(), self.settings["tau"], lambda_s, self.settings["lambda_v"])
+        # The bits themselves where they have a gradient: what is evaluated, not how likely it is.
+        held = found.mask if found.mask.requires_grad else found.logits.sigmoid()
+        sigma = held.split(self.lazy.partition.groups, dim=1)
+        return gated_loss(sigma, self.asked, self.settings["sparsity"], lambda_s, self.settings["lambda_v"])
+
+    def score(self) -> float:
+        x, lazy = torch.from_numpy(self.data.valid.x), self.lazy
+        if "rates" in self.settings:
+            lazy = calibrated(lazy, x, self.settings["rates"])
+        found = evaluate(lazy, x, self.first_valid)
+        self.curve.accuracy.append(hits(found.scores, self.data.valid))
+        self.curve.activity.append(lazy.partition.activity(found.mask).mean().item())
+        return self.curve.accuracy[-1]
+
+
+def check_learnable(lazy: LazyNetwork, examples: int, settings: Mapping[str, Any]) -> None:
+    """Raise UsageError when the policy of `lazy` could not be trained with these settings on so many examples."""
+    needs = [f"baseline {settings['baseline']!r}"] if settings.get("baseline") in ("mean", "leave-one-out") else []
+    needs += ["L_v"] if settings["lambda_v"] else []
+    if examples % settings["batch"] == 1 and needs:
+        raise UsageError(f"{examples} examples in batches of {settings['batch']} leave a last batch of one, for "
+                         f"which {needs[0]} says nothing; choose another batch")  # fmt: skip
+    if isinstance(lazy.policy, Oracle):
+        raise UsageError("an oracle has nothing to learn; give it a lazy network with a Policy")
+    if settings.get("estimator", "reinforce") == "reinforce" and not isinstance(lazy.decision, Sample):
+        raise UsageError(f"REINFORCE learns from sampled masks, not from a {type(lazy.decision).__name__}; give it a "
+                         "lazy network that decides by Sample")  # fmt: skip
+
+
+def _oracle(lazy: LazyNetwork) -> Oracle:
+    """The oracle of the lazy network that a router learns from."""
+    if lazy.policy.always_on:
+        raise UsageError("a supervised router needs a policy without an always-on group")
+    return Oracle(lazy.target, lazy.partition, lazy.policy.pool)
+
+
+def obtain_policy(spec: RunSpec, lazy: LazyNetwork, data: Dataset, artefacts: RunStore) -> Record:
+    """Give `lazy` the trained policy of `spec` in place, from the artefact cache or trained now; return its record.
+
+    `spec.settings` holds what `policy_plan` returns, the "policy_seed" that shuffles, and whatever else made `lazy`
+    what it is: its target, partition and rescaling.
+    """
+
+    def compute(wanted: RunSpec) -> Outcome:
+        shuffling = torch.Generator().manual_seed(wanted.settings["policy_seed"])
+        curve = train_policy(lazy, data, wanted.settings, shuffling)
+        weights = {name: np.asarray(tensor) for name, tensor in lazy.policy.state_dict().items()}
+        result = {"accuracy_curve": curve.accuracy, "activity_curve": curve.activity, "epochs": len(curve.accuracy)}
+        return Outcome(result, weights, {"note": data.note, "checksum": data.checksum})
+
+    record = shelf(artefacts, data).obtain(spec, compute)
+    lazy.policy.load_state_dict({name: torch.from_numpy(array) for name, array in record.arrays().items()})
+    return record

@@ -1,0 +1,237 @@
+"""Policies on a target (*partitions*, section 3): ways to learn them, what holds activity, fronts, fine-tuning."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from condcomp_lib import studies
+from condcomp_lib.datasets import Dataset, Split
+from condcomp_lib.lazy import LazyNetwork, calibrated, compensated, decided_by
+from condcomp_lib.oracle import Oracle
+from condcomp_lib.policies import Budget, Policy, Pool, Sample
+from condcomp_lib.policy_training import SUPERVISED, policy_plan, train_policy
+from condcomp_lib.runs import Outcome, Record, RunSpec, RunStore
+from condcomp_lib.studies import policy_results, targets
+from condcomp_lib.studies.lazy_results import Kind
+from condcomp_lib.studies.lazy_runs import control_of, measure, measured
+from condcomp_lib.studies.partitioning import TAU
+from condcomp_lib.studies.partitioning_ladder import split_of
+from condcomp_lib.targets import hidden_widths
+from condcomp_lib.training import obtain_target
+
+RECIPE = 1
+# The target with the best test accuracy among those trained; PAPER and PLAIN as in the study of partitions.
+BEST: Kind = ("svhn", "3x800", "dropout-uniform", 0.5, "none")
+BASE: dict[str, tuple[Kind, int]] = {"quick": (("digits", "2x64", "dropout-uniform", 0.3, "none"), 16),
+                                     "paper": (BEST, 100)}  # fmt: skip
+POOL = {"digits": 0, "svhn": 4}  # pixels a side that the first gate's picture is averaged over; 0: none
+# How an activity is spread over the layers, as multiples of it: by where the target's neurons fire, 43%, 11% and 21% of
+# them, and no more of the first layer than compute allows (its weights are two thirds of the target's).
+SPREAD = {2: (1.2, 0.8), 3: (1.4, 0.64, 0.96)}
+TRAINING: dict[str, dict[str, Any]] = {
+    "digits": {"batch": 32, "epochs": 8, "learning_rate": 5e-3},
+    "svhn": {"epochs": 3, "learning_rate": 1e-3},
+}
+SEEDS = {"quick": (1, 1), "paper": (3, 2)}  # target seeds, policy seeds of each
+SAMPLE_DRAWS, SAMPLED_EXAMPLES = 20, {"quick": 100, "paper": 2000}  # accuracy where bits are drawn instead
+FILL_EXAMPLES = 10_000  # training examples that compensation takes its means from
+
+# How every policy is held to its activity unless a method says otherwise, and what an example costs: the label's
+# negative log likelihood and, as much again, the divergence from the target's scores (times TEMPERATURE squared, 4).
+COMMON: dict[str, Any] = {"sparsity": "rate", "lambda_s": 1.0, "distil": 0.25}
+NORMALISED = {"options": {"normalise": True, "entropy_weight": 1e-3}, "lambda_s": 10.0}
+ESTIMATORS: dict[str, dict[str, Any]] = {
+    "REINFORCE": {"estimator": "reinforce"},
+    "REINFORCE, normalised": {"estimator": "reinforce", **NORMALISED},
+    "DPG": {"estimator": "dpg"},
+    "DPG, bits": {"estimator": "dpg-bits"},
+    "DisARM": {"estimator": "disarm"},
+    "Gaussian noise": {"estimator": "gaussian"},
+    "Gumbel-sigmoid": {"estimator": "gumbel-sigmoid"},
+    "straight-through": {"estimator": "straight-through"},
+    "threshold-through": {"estimator": "threshold-through"},
+    "regression": {"estimator": "regression"},
+    "cross-entropy": {"estimator": "cross-entropy"},
+}
+# Two epochs of cross-entropy to the oracle's groups, then straight-through at the threshold.
+WARM, FILLED = "warm start", "warm start, compensated"
+WARM_START: dict[str, Any] = {"estimator": "threshold-through", "warm_start": 2, "epochs": 6}
+TUNED, DENSE = "fine-tuned", "target, fine-tuned"
+TUNE_EPOCHS = {"digits": 8, "svhn": 12}
+TUNING: dict[str, Any] = {"distil": 0.25, "finetune": 4e-4}
+SHIFT = {"digits": 1, "svhn": 2}  # pixels by which pictures are moved while weights are fine-tuned
+REGULARISERS: dict[str, dict[str, Any]] = {
+    "L_b + L_e": {"sparsity": "text", "lambda_s": 0.05},
+    "L_b + L_e, squared": {"sparsity": "code", "lambda_s": 1.0},
+    "L_b + L_e + L_v": {"sparsity": "text", "lambda_s": 0.05, "lambda_v": 0.05},
+    "KL to base rate": {"sparsity": "kl", "lambda_s": 0.01},
+    "computation": {"lambda_s": 0.0, "computation": 4.0},
+}
+COMPENSATED = (WARM, TUNED, "straight-through", "cross-entropy", "REINFORCE")  # also measured with means filled in
+FRONT = (0.05, 0.1, 0.5)
+FRONT_METHODS = (WARM, "threshold-through", "straight-through")
+ABLATED = (50,)  # groups a layer instead of the base's
+
+
+def methods(profile: str) -> dict[str, list[tuple[str, float, int, dict[str, Any]]]]:
+    """The parts of the run table: (method, tau, groups, settings) of each run, without seeds."""
+    (dataset, *_), groups = BASE[profile]
+    warm = WARM_START if profile == "paper" else {**WARM_START, "epochs": 8}
+    tune = {**warm, **TUNING, "augment": SHIFT[dataset], "epochs": TUNE_EPOCHS[dataset], "warm_start": 1}
+    dense = {**TUNING, "augment": SHIFT[dataset], "epochs": TUNE_EPOCHS[dataset], "estimator": "dense"}
+    parts: dict[str, list[tuple[str, float, int, dict[str, Any]]]] = {
+        "best": [(WARM, TAU, groups, warm), (TUNED, TAU, groups, tune)],
+        "estimators": [(name, TAU, groups, own) for name, own in ESTIMATORS.items()],
+        "dense": [(DENSE, 1.0, groups, dense)],
+    }
+    front = {**ESTIMATORS, WARM: warm}
+    parts["fronts"] = [(name, tau, groups, front[name]) for name in FRONT_METHODS for tau in FRONT]
+    parts["regularisers"] = [
+        (f"REINFORCE, {name}", TAU, groups, {"estimator": "reinforce", **own}) for name, own in REGULARISERS.items()
+    ]
+    parts["groups"] = [(WARM, TAU, count, warm) for count in ABLATED if profile == "paper"]
+    # Skipped groups count as their mean from the start: that of the examples for which the oracle skips them.
+    parts["compensation"] = [(FILLED, TAU, groups, warm)]
+    if profile == "quick":
+        parts["estimators"] = [run for run in parts["estimators"] if run[0] in ("REINFORCE", "DPG", "straight-through")]
+        parts["fronts"] = [run for run in parts["fronts"] if run[0] == WARM]
+        parts["regularisers"] = parts["regularisers"][:1]
+    return parts
+
+
+def specs(profile: str) -> list[RunSpec]:
+    """One run per method, sparsity target and seeds; the bars' runs first. Only estimators and the best are repeated
+    with a second policy seed."""
+    target_seeds, policy_seeds = SEEDS[profile]
+    found = []
+    for part, runs in methods(profile).items():
+        repeats = policy_seeds if part in ("best", "estimators") else 1
+        for run, target_seed, policy_seed in itertools.product(runs, range(target_seeds), range(repeats)):
+            found.append(_spec(profile, part, run, target_seed, policy_seed))
+    return found
+
+
+def rates_for(tau: float, hidden: Sequence[int]) -> list[float]:
+    """The share of each layer that mean activity `tau` stands for (see SPREAD); all of it at 1.
+
+    >>> rates_for(0.25, [800, 800, 800])
+    [0.35, 0.16, 0.24]
+    """
+    return [min(1.0, round(tau * factor, 6)) if tau < 1 else 1.0 for factor in SPREAD[len(hidden)]]
+
+
+def _spec(
+    profile: str, part: str, run: tuple[str, float, int, dict[str, Any]], target_seed: int, policy_seed: int
+) -> RunSpec:
+    method, tau, groups, own = run
+    dataset, architecture, pretraining, eps, rescale = BASE[profile][0]
+    settings = {
+        "dataset": dataset,
+        "architecture": architecture,
+        "pretraining": pretraining,
+        "dropout_eps": eps,
+        "partitioner": "coactivation",
+        "groups": groups,
+        "scope": "layer",
+        "rescale": rescale,
+        "pool": POOL[dataset],
+        "part": part,
+        "method": method,
+        "decision": "calibrated",
+        "decision_draws": 1,
+        "blind_draws": 1,
+        "sample_draws": SAMPLE_DRAWS,
+        "sampled_examples": SAMPLED_EXAMPLES[profile],
+        "split": "test",
+        "target_seed": target_seed,
+        "partition_seed": target_seed,
+        "policy_seed": policy_seed,
+        **policy_plan(
+            tau=tau, rates=rates_for(tau, hidden_widths(architecture)), **{**TRAINING[dataset], **COMMON, **own}
+        ),
+    }
+    settings["target"] = targets.target_of(settings).name
+    return RunSpec("policies", RECIPE, settings)
+
+
+def untrained(settings: Mapping[str, Any], data: Dataset, artefacts: RunStore) -> tuple[LazyNetwork, Record]:
+    """The lazy network of these settings before its policy is trained, and the record of its target."""
+    target, trained = obtain_target(targets.target_of(settings), data, artefacts)
+    partition = split_of(settings, target, data)
+    pool = Pool(data.shape, settings["pool"]) if settings["pool"] else None
+    starting = torch.Generator().manual_seed(1_000_000 + 1000 * settings["target_seed"] + settings["policy_seed"])
+    policy, fill = Policy(partition, data.train.x.shape[1], pool, starting), None
+    if settings["method"] == FILLED:
+        oracle = Oracle(target, partition, pool)
+        knowing = LazyNetwork(target, partition, oracle, Budget.of(settings["rates"], partition, oracle))
+        fill = compensated(knowing, torch.from_numpy(data.train.x[:FILL_EXAMPLES])).fill
+    return LazyNetwork(target, partition, policy, Sample(starting), settings["rescale"], fill), trained
+
+
+def compute(spec: RunSpec, artefacts: RunStore) -> Outcome:
+    """Train a policy (and the weights, where they are fine-tuned), measure it at the asked activity, train or fetch
+    the controls of equal cost."""
+    settings = spec.settings
+    data = studies.dataset(settings["dataset"])
+    lazy, trained = untrained(settings, data, artefacts)
+    curve = train_policy(lazy, data, settings, torch.Generator().manual_seed(settings["policy_seed"]))
+    decided = calibrated(lazy, torch.from_numpy(data.valid.x), settings["rates"])
+    result = measure(decided, settings, data, trained)
+    wanted = result.pop("multiply_adds")
+    result |= {"accuracy_curve": curve.accuracy, "activity_curve": curve.activity, "epochs": len(curve.accuracy)}
+    if settings["part"] in ("best", "estimators"):
+        result |= sampled(lazy, settings, data)
+    if settings["method"] in COMPENSATED:
+        result |= filled(decided, data, settings)
+    cited = {"target": trained.cite()}
+    if settings["method"] != DENSE:
+        # Controls are distilled from the target as it was, also where the lazy network's copy is fine-tuned.
+        fresh, _ = obtain_target(targets.target_of(settings), data, artefacts)
+        control, controls = control_of(fresh, trained, wanted, data, artefacts, settings["target_seed"])
+        result |= control
+        cited |= controls
+    if settings["method"] == TUNED:  # what its moved pictures alone are worth
+        moved, controls = control_of(
+            fresh, trained, wanted, data, artefacts, settings["target_seed"], settings["augment"]
+        )
+        result |= {f"moved_{key}": value for key, value in moved.items()}
+        cited |= {f"moved_{key}": value for key, value in controls.items()}
+    return Outcome(result, None, {"note": data.note, "checksum": data.checksum}, cited)
+
+
+def sampled(lazy: LazyNetwork, settings: Mapping[str, Any], data: Dataset) -> dict[str, Any]:
+    """Accuracy and activity when the bits are drawn with the policy's probabilities, as the papers do: each draw of the
+    first test examples by itself."""
+    if settings["estimator"] in (*SUPERVISED[:1], "dense"):
+        return {}  # a forecast of contributions is no logit
+    split = Split(data.test.x[: settings["sampled_examples"]], data.test.y[: settings["sampled_examples"]])
+    draws = torch.Generator().manual_seed(settings["policy_seed"])
+    found = [measured(decided_by(lazy, Sample(draws)), split, 1) for _ in range(settings["sample_draws"])]
+    return {
+        "sampled_accuracies": [accuracy for accuracy, _ in found],
+        "sampled_activity": float(np.mean([lazy.partition.activity(mask).mean().item() for _, mask in found])),
+    }
+
+
+def filled(decided: LazyNetwork, data: Dataset, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Accuracy and activity when skipped groups count as their mean contribution, thresholds calibrated again."""
+    mean = compensated(decided, torch.from_numpy(data.train.x[:FILL_EXAMPLES]))
+    again = calibrated(mean, torch.from_numpy(data.valid.x), settings["rates"])
+    accuracy, mask = measured(again, data.test, 1)
+    return {"filled_accuracy": accuracy, "filled_activity": again.partition.activity(mask).mean().item()}
+
+
+STUDY = studies.Study(
+    name="policies",
+    title="Policies",
+    notebook="02_policies",
+    specs=specs,
+    compute=compute,
+    answers=policy_results.no_answers,
+    claims=policy_results.claims,
+    promises=policy_results.promises,
+    audited=("accuracy", "accuracy_ratio", "activity"),
+)

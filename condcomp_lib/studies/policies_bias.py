@@ -1,0 +1,141 @@
+"""Bias and variance of every estimator against the exact gradient, on a network small enough to try every mask."""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from condcomp_lib import studies
+from condcomp_lib.claims import Claim, judge
+from condcomp_lib.estimators import Estimator, Minibatch, Reinforce
+from condcomp_lib.estimators.disarm import DisARM
+from condcomp_lib.estimators.dpg import DPG
+from condcomp_lib.estimators.exact import measure_bias
+from condcomp_lib.estimators.pathwise import GaussianNoise, GumbelSigmoid, Pathwise, StraightThrough, ThresholdThrough
+from condcomp_lib.lazy import LazyNetwork
+from condcomp_lib.partitions import make_partition
+from condcomp_lib.policies import Policy, Pool, Sample
+from condcomp_lib.runs import Outcome, Record, RunSpec, RunStore
+from condcomp_lib.stats import Interval
+from condcomp_lib.studies import policy_results, targets
+from condcomp_lib.training import obtain_target
+
+RECIPE = 1
+ESTIMATORS: dict[str, Callable[[], Estimator]] = {
+    "REINFORCE, no baseline": lambda: Reinforce("none"),
+    "REINFORCE, mean": lambda: Reinforce("mean"),
+    "REINFORCE, leave-one-out": lambda: Reinforce("leave-one-out"),
+    "REINFORCE, normalised": lambda: Reinforce("mean", normalise=True),
+    "DisARM": DisARM,
+    "straight-through": lambda: Pathwise(StraightThrough),
+    "threshold-through": lambda: Pathwise(ThresholdThrough),
+    "Gumbel-sigmoid": lambda: Pathwise(GumbelSigmoid),
+    "Gaussian noise": lambda: Pathwise(GaussianNoise),
+    "DPG": lambda: DPG(),
+    "DPG, bits": lambda: DPG(reads="bits"),
+}
+UNBIASED = ("REINFORCE, no baseline", "REINFORCE, leave-one-out", "DisARM")
+SAMPLES, WARM_UP = {"quick": 300, "paper": 10_000}, {"quick": 100, "paper": 2000}
+QUICK = ("REINFORCE, leave-one-out", "DisARM", "straight-through", "DPG, bits")
+WIDTHS, GROUPS, EXAMPLES, POOL = "2x6", 3, 8, 4
+SCOPES = ("network", "layer")
+
+
+def specs(profile: str) -> list[RunSpec]:
+    """One run per estimator and scope; digits in both profiles."""
+    names = QUICK if profile == "quick" else tuple(ESTIMATORS)
+    found = []
+    for scope, name in itertools.product(SCOPES, names):
+        settings: dict[str, Any] = {
+            "dataset": "digits",
+            "architecture": WIDTHS,
+            "pretraining": "none",
+            "dropout_eps": None,
+            "groups": GROUPS,
+            "scope": scope,
+            "estimator": name,
+            "examples": EXAMPLES,
+            "samples": SAMPLES[profile],
+            "warm_up": WARM_UP[profile],
+            "target_seed": 0,
+            "policy_seed": 0,
+        }
+        settings["target"] = targets.target_of(settings).name
+        found.append(RunSpec("policies-bias", RECIPE, settings))
+    return found
+
+
+def compute(spec: RunSpec, artefacts: RunStore) -> Outcome:
+    """Estimate one gradient again and again at fixed weights; an estimator that learns is warmed up before."""
+    settings = spec.settings
+    data = studies.dataset(settings["dataset"])
+    target, trained = obtain_target(targets.target_of(settings), data, artefacts)
+    target.requires_grad_(False)
+    draws = torch.Generator().manual_seed(settings["policy_seed"])
+    partition = make_partition("balanced", target.hidden, settings["groups"], draws, settings["scope"])
+    policy = Policy(partition, data.train.x.shape[1], Pool(data.shape, POOL), draws)
+    x, y = (torch.from_numpy(part[: settings["examples"]]) for part in (data.train.x, data.train.y))
+    minibatch = Minibatch(
+        LazyNetwork(target, partition, policy, Sample(draws)),
+        x,
+        lambda found: cross_entropy(found.scores, y, reduction="none"),
+    )
+    estimator = ESTIMATORS[settings["estimator"]]()
+    for _ in range(settings["warm_up"] if isinstance(estimator, DPG) else 0):
+        estimator(minibatch, draws)
+    found = measure_bias(estimator, minibatch, settings["samples"], draws)
+    result = dataclasses.asdict(found)
+    return Outcome(result, None, {"note": data.note, "checksum": data.checksum}, {"target": trained.cite()})
+
+
+def table(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """Bias, spread and test of every estimator, by scope."""
+    return [
+        {
+            "scope": record.spec.settings["scope"],
+            "estimator": record.spec.settings["estimator"],
+            "bias": f"{record.result['bias']:.3f}",
+            "standard error": f"{record.result['noise']:.3f}",
+            "standard deviation": f"{record.result['deviation']:.2f}",
+            "cosine": f"{record.result['cosine']:.3f}",
+            "chi-square": f"{record.result['statistic']:.1f} ({record.result['freedom']})",
+            "p": f"{record.result['p_value']:.2g}",
+        }
+        for record in records
+    ]
+
+
+def claims(records: Sequence[Record]) -> list[Claim]:
+    """Unbiased estimators are not told from unbiased ones at 1%."""
+    found = []
+    for record in records:
+        settings, p = record.spec.settings, record.result["p_value"]
+        if settings["estimator"] in UNBIASED:
+            id = f"bias.{settings['scope']}.{settings['estimator'].replace(', ', '.').replace(' ', '-')}".lower()
+            statement = (
+                f"{settings['estimator']}, scope {settings['scope']}: mean of {settings['samples']:,} estimates and "
+                "exact gradient do not differ at 1%"
+            )
+            found.append(judge(id, "ours", statement, Interval(p, p, p, settings["samples"], 0.95), above=0.01))
+    return found
+
+
+def promises(records: Sequence[Record]) -> dict[str, Sequence[Record]]:
+    """Figures and tables of notebook 02 that are made from this study."""
+    return dict.fromkeys(("policies_bias", "policies_bias_table"), records)
+
+
+STUDY = studies.Study(
+    name="policies-bias",
+    title="Bias and variance of estimators",
+    notebook="02_policies",
+    specs=specs,
+    compute=compute,
+    answers=policy_results.no_answers,
+    claims=claims,
+    promises=promises,
+    audited=("deviation",),
+)
