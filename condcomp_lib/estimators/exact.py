@@ -56,8 +56,9 @@ class Bias:
 
     `bias` is the length of the mean error over the length of the exact gradient, `noise` that length of the mean's
     standard error (a bias below it cannot be told from none); `deviation` the root of the total variance over the
-    length of the exact gradient; `cosine` between mean estimate and exact gradient; `statistic` (Hotelling's) follows a
-    chi-square distribution with `freedom` degrees where there is no bias, and `p_value` is the chance to exceed it.
+    length of the exact gradient; `cosine` between mean estimate and exact gradient; `statistic`, Hotelling's T^2 of all
+    components jointly, follows a chi-square distribution with `freedom` degrees where there is no bias and samples are
+    many; `p_value` is the chance to exceed it, by the F distribution that holds for few samples, too.
     """
 
     bias: float
@@ -74,8 +75,9 @@ def measure_bias(estimator: Estimator, minibatch: Minibatch, samples: int, gener
 
     An estimator that learns (a critic, a moving baseline) does so while it is measured.
     """
-    if samples < 2:
-        raise UsageError(f"at least two samples are needed for a variance, not {samples}")
+    weights = sum(weight.numel() for weight in minibatch.lazy.policy.parameters())
+    if samples <= weights:
+        raise UsageError(f"{weights} weights need more samples than that for a joint test, not {samples}")
     exact = gradient(exact_cost(minibatch), minibatch)
     found = np.stack([gradient(estimator(minibatch, generator).loss, minibatch) for _ in range(samples)])
     return compare(found, exact)
@@ -91,7 +93,10 @@ def compare(found: np.ndarray, exact: np.ndarray) -> Bias:
     across = float(np.linalg.norm((axes.T @ error)[~kept]))
     statistic, freedom = float((along**2 / values[kept]).sum()), int(kept.sum())
     # An error in a direction that does not vary is a bias whatever the chi-square says, unless it is rounding.
-    p_value = float(stats.chi2.sf(statistic, freedom)) if across <= 1e-4 * length else 0.0
+    p_value = 0.0
+    if across <= 1e-4 * length and freedom:
+        rest = len(found) - freedom
+        p_value = float(stats.f.sf(statistic * rest / (freedom * (len(found) - 1)), freedom, rest))
     total = float(np.trace(spread))
     return Bias(
         bias=float(np.linalg.norm(error)) / length,

@@ -19,6 +19,7 @@ from condcomp_lib.studies.lazy_results import Kind
 from condcomp_lib.studies.lazy_runs import control_of, measure, measured
 from condcomp_lib.studies.partitioning import TAU
 from condcomp_lib.studies.partitioning_ladder import split_of
+from condcomp_lib.studies.policy_results import DENSE, FILLED, TUNED, WARM
 from condcomp_lib.targets import hidden_widths
 from condcomp_lib.training import obtain_target
 
@@ -57,9 +58,7 @@ ESTIMATORS: dict[str, dict[str, Any]] = {
     "cross-entropy": {"estimator": "cross-entropy"},
 }
 # Two epochs of cross-entropy to the oracle's groups, then straight-through at the threshold.
-WARM, FILLED = "warm start", "warm start, compensated"
 WARM_START: dict[str, Any] = {"estimator": "threshold-through", "warm_start": 2, "epochs": 6}
-TUNED, DENSE = "fine-tuned", "target, fine-tuned"
 TUNE_EPOCHS = {"digits": 8, "svhn": 12}
 TUNING: dict[str, Any] = {"distil": 0.25, "finetune": 4e-4}
 SHIFT = {"digits": 1, "svhn": 2}  # pixels by which pictures are moved while weights are fine-tuned
@@ -183,7 +182,7 @@ def compute(spec: RunSpec, artefacts: RunStore) -> Outcome:
     wanted = result.pop("multiply_adds")
     result |= {"accuracy_curve": curve.accuracy, "activity_curve": curve.activity, "epochs": len(curve.accuracy)}
     if settings["part"] in ("best", "estimators"):
-        result |= sampled(lazy, settings, data)
+        result |= sampled(lazy, decided, settings, data)
     if settings["method"] in COMPENSATED:
         result |= filled(decided, data, settings)
     cited = {"target": trained.cite()}
@@ -202,9 +201,9 @@ def compute(spec: RunSpec, artefacts: RunStore) -> Outcome:
     return Outcome(result, None, {"note": data.note, "checksum": data.checksum}, cited)
 
 
-def sampled(lazy: LazyNetwork, settings: Mapping[str, Any], data: Dataset) -> dict[str, Any]:
+def sampled(lazy: LazyNetwork, decided: LazyNetwork, settings: Mapping[str, Any], data: Dataset) -> dict[str, Any]:
     """Accuracy and activity when the bits are drawn with the policy's probabilities, as the papers do: each draw of the
-    first test examples by itself."""
+    first test examples by itself, and the accuracy of `decided` on the same ones."""
     if settings["estimator"] in (*SUPERVISED[:1], "dense"):
         return {}  # a forecast of contributions is no logit
     split = Split(data.test.x[: settings["sampled_examples"]], data.test.y[: settings["sampled_examples"]])
@@ -212,6 +211,7 @@ def sampled(lazy: LazyNetwork, settings: Mapping[str, Any], data: Dataset) -> di
     found = [measured(decided_by(lazy, Sample(draws)), split, 1) for _ in range(settings["sample_draws"])]
     return {
         "sampled_accuracies": [accuracy for accuracy, _ in found],
+        "decided_accuracy": measured(decided, split, 1)[0],
         "sampled_activity": float(np.mean([lazy.partition.activity(mask).mean().item() for _, mask in found])),
     }
 
@@ -224,6 +224,13 @@ def filled(decided: LazyNetwork, data: Dataset, settings: Mapping[str, Any]) -> 
     return {"filled_accuracy": accuracy, "filled_activity": again.partition.activity(mask).mean().item()}
 
 
+def promises(records: Sequence[Record]) -> dict[str, Sequence[Record]]:
+    """Figures and tables of notebook 02 that are made from this study."""
+    figures = ("policies_training", "policies_ratios", "policies_fronts")
+    by = ("estimators", "sampled", "sparsity", "fill", "best", "fronts")
+    return dict.fromkeys((*figures, *(f"policies_{name}_table" for name in by)), records)
+
+
 STUDY = studies.Study(
     name="policies",
     title="Policies",
@@ -232,6 +239,6 @@ STUDY = studies.Study(
     compute=compute,
     answers=policy_results.no_answers,
     claims=policy_results.claims,
-    promises=policy_results.promises,
+    promises=promises,
     audited=("accuracy", "accuracy_ratio", "activity"),
 )

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 
 from condcomp_lib import studies
+from condcomp_lib.claims import Claim
 from condcomp_lib.policy_training import policy_plan, train_policy
 from condcomp_lib.runs import Outcome, Record, RunSpec, RunStore
 from condcomp_lib.studies import partitioning, policy_results, targets
@@ -20,8 +21,8 @@ KINDS: dict[str, tuple[Kind, ...]] = {
     "quick": (("digits", "2x64", "dropout-uniform", 0.3, "activity"),),
     "paper": (PLAIN, HALF, PAPER),
 }
-# Ways to learn and policy seeds, in the order of the runs. REINFORCE itself is the study `partitioning`: same settings, seeds, partitions and
-# first weights, so that runs are paired.
+# Ways to learn and policy seeds, in the order of the runs. REINFORCE itself is the study `partitioning`: same settings,
+# seeds, partitions and first weights, so that runs are paired.
 LEARNED = (("dpg", 0), ("dpg-bits", 0), ("dpg", 1))
 
 
@@ -57,6 +58,17 @@ def compute(spec: RunSpec, artefacts: RunStore) -> Outcome:
     return Outcome(result | control, None, {"note": data.note, "checksum": data.checksum}, cited)
 
 
+def twins(records: Sequence[Record]) -> list[Record]:
+    """The runs with REINFORCE that those of this study are paired with."""
+    quick = any(record.spec.settings["dataset"] == "digits" for record in records)
+    return studies.records("partitioning", "quick" if quick else "paper", partial=True) if records else []
+
+
+def claims(records: Sequence[Record]) -> list[Claim]:
+    """See `policy_results.dpg_claims`."""
+    return policy_results.dpg_claims(records, twins(records))
+
+
 def promises(records: Sequence[Record]) -> dict[str, Sequence[Record]]:
     """Figures and tables of notebook 02 that are made from this study."""
     return dict.fromkeys(("policies_dpg", "policies_dpg_table"), records)
@@ -69,7 +81,7 @@ STUDY = studies.Study(
     specs=specs,
     compute=compute,
     answers=policy_results.no_answers,
-    claims=policy_results.dpg_claims,
+    claims=claims,
     promises=promises,
     audited=("accuracy", "accuracy_ratio", "activity"),
 )
