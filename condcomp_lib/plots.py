@@ -257,3 +257,50 @@ def ladder(lines: Mapping[str, tuple[Sequence[int], np.ndarray]], ax: Axes | Non
     ax.set_xticks(ticks, [str(tick) for tick in ticks])
     ax.minorticks_off()
     return ax
+
+
+def estimator_errors(rows: Mapping[str, Mapping[str, tuple[float, float]]], axes: Sequence[Axes]) -> Sequence[Axes]:
+    """Bias and standard deviation of each estimator, first on top, in parts of the exact gradient's length.
+
+    `rows` maps an estimator to its (bias, standard error of it) and, as "deviation, ...", (standard deviation, unused)
+    by scope; `axes` two, for bias and deviation. A hollow mark lies within twice its standard error.
+    """
+    looks = {"network": (BLUE, "o", 0.12, "one gate, reads X"), "layer": (VERMILION, "s", -0.12, "a gate a layer")}
+    for index, found in enumerate(rows.values()):
+        for scope, (colour, marker, offset, label) in looks.items():
+            if scope not in found:
+                continue
+            bias, error = found[scope]
+            face = "white" if bias <= 2 * error else colour
+            name = None if index else label
+            axes[0].plot(bias, offset - index, marker, color=colour, markerfacecolor=face, markersize=5, label=name)
+            axes[1].plot(found[f"deviation, {scope}"][0], offset - index, marker, color=colour, markersize=5)
+    axes[0].set_yticks([-index for index in range(len(rows))], list(rows))
+    for ax in axes:
+        ax.set(xscale="log", ylim=(-len(rows) + 0.4, 0.6))
+        ax.grid(axis="y", visible=False)
+    axes[0].set(xlabel="bias / length of the exact gradient")
+    axes[1].set(xlabel="standard deviation / length of the exact gradient", yticks=[])
+    return axes
+
+
+def fronts(lines: Mapping[str, tuple[np.ndarray, np.ndarray]], ax: Axes | None = None) -> Axes:
+    """Accuracy ratio against a cost, one line per method through the means, every run as a point.
+
+    `lines` maps a method to costs and ratios (targets x runs each); "control" is drawn as small grey crosses.
+    """
+    ax = ax or plt.subplots()[1]
+    colours = (BLUE, VERMILION, GREEN, PURPLE, SKY)
+    for index, (name, (costs, ratios)) in enumerate(lines.items()):
+        if name == "control":
+            ax.plot(100 * costs, ratios, "x", color=GREY, markersize=4, alpha=0.7)
+            ax.plot([], [], "x", color=GREY, markersize=4, label="dense control")
+            continue
+        colour, marker = colours[index % len(colours)], "o" if len(costs) > 1 else "*"
+        ax.plot(100 * costs, ratios, marker, color=colour, markersize=4 if marker == "o" else 9, alpha=0.55)
+        line = "-" if len(costs) > 1 else ""
+        ax.plot(100 * costs.mean(1), ratios.mean(1), line + marker, color=colour, linewidth=1.7,
+                markersize=4 if marker == "o" else 9, label=name)  # fmt: skip
+    ax.axhline(1, color=GREY, linewidth=0.8, linestyle=":")
+    ax.set(ylabel="accuracy / the best dense target's")
+    return ax

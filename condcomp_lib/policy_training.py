@@ -176,6 +176,10 @@ class _Training:
         lazy.target.requires_grad_(bool(self.tuned))
         self.x, self.y = torch.from_numpy(data.train.x), torch.from_numpy(data.train.y)
         self.teacher = copy.deepcopy(lazy.target).requires_grad_(False) if settings.get("distil") else None
+        self.known = None  # the teacher's scores, where pictures stay as they are
+        if self.teacher is not None and not settings.get("augment"):
+            with torch.no_grad():
+                self.known = torch.cat([self.teacher(part) for part in self.x.split(2048)])
         frozen = not self.tuned and not settings.get("augment")
         self.first = (first_layer(lazy.target, self.x, cache_bytes) if first is None else first) if frozen else None
         valid = torch.from_numpy(data.valid.x)
@@ -195,7 +199,7 @@ class _Training:
         if self.settings.get("augment"):
             x = shifted(x, self.data.shape, self.settings["augment"], self.generator)
         known = None if self.first is None else self.first[rows]
-        wanted = None if self.teacher is None else self.teacher(x)
+        wanted = self.known[rows] if self.known is not None else self.teacher(x) if self.teacher is not None else None
         found = self.estimator(Minibatch(self.lazy, x, lambda found: self.cost(found, y, wanted), known), self.drawing)
         if self.settings["estimator"] in SUPERVISED:
             return found.loss

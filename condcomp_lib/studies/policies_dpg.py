@@ -2,20 +2,24 @@
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
 
 from condcomp_lib import studies
-from condcomp_lib.claims import Claim
+from condcomp_lib.claims import Claim, judge
 from condcomp_lib.policy_training import policy_plan, train_policy
 from condcomp_lib.runs import Outcome, Record, RunSpec, RunStore
-from condcomp_lib.studies import partitioning, policy_results, targets
-from condcomp_lib.studies.lazy_results import Kind
+from condcomp_lib.studies import partitioning, targets
+from condcomp_lib.studies.lazy_results import Kind, gains, kind_id, kind_of, label, over_runs
 from condcomp_lib.studies.lazy_runs import control_of, deciding, measure
 from condcomp_lib.studies.partitioning import PAPER, PLAIN, TAU
+from condcomp_lib.studies.policy_results import BASE, no_answers, optional, ratio, ratios
 from condcomp_lib.training import obtain_target
 
 RECIPE = 1
+NAMES = {"reinforce": "REINFORCE", "dpg": "DPG", "dpg-bits": "DPG, bits"}
 HALF: Kind = ("svhn", "3x800", "dropout-0.5", None, "activity")
 KINDS: dict[str, tuple[Kind, ...]] = {
     "quick": (("digits", "2x64", "dropout-uniform", 0.3, "activity"),),
@@ -64,9 +68,73 @@ def twins(records: Sequence[Record]) -> list[Record]:
     return studies.records("partitioning", "quick" if quick else "paper", partial=True) if records else []
 
 
+def _pairs(records: Sequence[Record], paired: Sequence[Record]) -> dict[str, dict[str, list[Record]]]:
+    """By kind the records of each estimator, REINFORCE's from its own study, where the same settings were used."""
+    found: dict[str, dict[str, list[Record]]] = {}
+    kinds = list(dict.fromkeys(map(kind_of, records)))
+    same = [twin for twin in paired if twin.spec.settings["activity_asked"] == 0.25]
+    for record in [*same, *records]:
+        if kind_of(record) in kinds:
+            name = NAMES[record.spec.settings["estimator"]]
+            found.setdefault(label(kind_of(record)), {}).setdefault(name, []).append(record)
+    return found
+
+
+def series(records: Sequence[Record], paired: Sequence[Record]) -> dict[str, dict[str, dict[str, np.ndarray]]]:
+    """For each kind and estimator the ratios of its runs (see `policy_results.ratios`); `paired`: see `twins`."""
+    return {
+        kind: {name: ratios(group) for name, group in groups.items()}
+        for kind, groups in _pairs(records, paired).items()
+    }
+
+
+def summary(records: Sequence[Record], paired: Sequence[Record]) -> list[dict[str, Any]]:
+    """DPG and REINFORCE at 25% activity with their paired difference, by kind."""
+    rows = []
+    for kind, groups in _pairs(records, paired).items():
+        for name, group in groups.items():
+            rows.append(
+                {
+                    "target": kind,
+                    "estimator": name,
+                    "runs": len(group),
+                    "ratio": over_runs(group, ratio),
+                    "less REINFORCE": "" if name == BASE else gains(group, groups[BASE], ratio) or "",
+                    "blind draw": over_runs(group, lambda r: r["blind_ratio"]),
+                    "control": optional(group, lambda r: r["control_ratio"], "control_ratio"),
+                    "activity": over_runs(group, lambda r: r["activity"]),
+                    "compute": over_runs(group, lambda r: r["compute"]),
+                }
+            )
+    return rows
+
+
 def claims(records: Sequence[Record]) -> list[Claim]:
-    """See `policy_results.dpg_claims`."""
-    return policy_results.dpg_claims(records, twins(records))
+    """DPG keeps at least what REINFORCE keeps, for each pretraining (*partitions*, Table 1)."""
+    found = []
+    ids = {label(kind): kind_id(kind) for kind in dict.fromkeys(map(kind_of, records))}
+    for kind, groups in _pairs(records, twins(records)).items():
+        for name in (name for name in groups if name != BASE):
+            id = f"dpg.{ids[kind]}.{name.lower().replace(', ', '.')}"
+            interval = gains(groups[name], groups[BASE], ratio)
+            if interval is not None and interval.n > 1:
+                statement = f"{kind}, 25% active: {name} keeps more than REINFORCE"
+                found.append(judge(id, "partitions, Table 1", statement, interval, above=0.0))
+    return found
+
+
+def finding(records: Sequence[Record], paired: Sequence[Record]) -> str:
+    """DPG less REINFORCE by kind, as a Markdown list with its numbers filled in."""
+    lines = []
+    for kind, groups in _pairs(records, paired).items():
+        base = over_runs(groups[BASE], ratio)
+        parts = []
+        for name in (name for name in groups if name != BASE):
+            if (gain := gains(groups[name], groups[BASE], ratio)) is not None:
+                parts.append(f"{name} {gain.format(3)}")
+        said = "; ".join(parts)
+        lines.append(f"- **{kind}**, 16 random groups: REINFORCE keeps {base.format(2)}; more than that: {said}.")
+    return "\n".join(lines)
 
 
 def promises(records: Sequence[Record]) -> dict[str, Sequence[Record]]:
@@ -80,7 +148,7 @@ STUDY = studies.Study(
     notebook="02_policies",
     specs=specs,
     compute=compute,
-    answers=policy_results.no_answers,
+    answers=no_answers,
     claims=claims,
     promises=promises,
     audited=("accuracy", "accuracy_ratio", "activity"),

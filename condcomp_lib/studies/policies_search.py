@@ -91,6 +91,16 @@ def table(records: Sequence[Record]) -> list[dict[str, Any]]:
     return found
 
 
+def finding(records: Sequence[Record]) -> str:
+    """What searched masks keep beside the oracle's and a learned policy's, as a Markdown list."""
+    rows, lines = table(records), []
+    for kind in dict.fromkeys(row["target"] for row in rows):
+        kept = {row["masks"]: row["ratio"].format(2) for row in rows if row["target"] == kind}
+        said = ", ".join(f"{way} {kept[way]}" for way in WAYS)
+        lines.append(f"- **Masks for single examples**, {kind}: {said}.")
+    return "\n".join(lines)
+
+
 def claims(records: Sequence[Record]) -> list[Claim]:
     """Single examples have better masks than the oracle's ranking and than a learned policy's."""
     found = []

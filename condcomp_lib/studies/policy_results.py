@@ -1,4 +1,4 @@
-"""From records of learned policies to tables, figure data and claims (the studies `policies` and `policies-dpg`)."""
+"""From records of learned policies to tables, figure data and claims (the study `policies`)."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -8,13 +8,11 @@ import numpy as np
 from condcomp_lib.claims import Claim, judge
 from condcomp_lib.published import Answer
 from condcomp_lib.runs import Record
-from condcomp_lib.studies.lazy_results import gains, kind_id, kind_of, label, over_runs
+from condcomp_lib.studies.lazy_results import gains, over_runs
 
 WARM, FILLED = "warm start", "warm start, compensated"
 TUNED, DENSE = "fine-tuned", "target, fine-tuned"
 BASE = "REINFORCE"
-NAMES = {"reinforce": "REINFORCE", "dpg": "DPG", "dpg-bits": "DPG, bits"}
-DRAWN = "probabilities drawn"
 
 
 def no_answers(records: Sequence[Record]) -> list[Answer]:  # noqa: ARG001
@@ -44,7 +42,8 @@ def ratio(result: Mapping[str, Any]) -> float:
     return found
 
 
-def _optional(group: Sequence[Record], value: Callable[[Mapping[str, Any]], float], field: str) -> Any:
+def optional(group: Sequence[Record], value: Callable[[Mapping[str, Any]], float], field: str) -> Any:
+    """As `over_runs`, over the runs that have this field; nothing where none has."""
     having = [record for record in group if field in record.result]
     return over_runs(having, value) if having else ""
 
@@ -59,7 +58,7 @@ def summary(records: Sequence[Record], *parts: str, tau: float | None = 0.25) ->
                 "runs": len(group),
                 "ratio": over_runs(group, ratio),
                 "blind draw": over_runs(group, lambda r: r["blind_ratio"]),
-                "control": _optional(group, lambda r: r["control_ratio"], "control_ratio"),
+                "control": optional(group, lambda r: r["control_ratio"], "control_ratio"),
                 "activity": over_runs(group, lambda r: r["activity"]),
                 "compute": over_runs(group, lambda r: r["compute"]),
                 "seconds": f"{np.median([record.provenance['seconds'] for record in group]):.0f}",
@@ -77,10 +76,8 @@ def sampled_summary(records: Sequence[Record]) -> list[dict[str, Any]]:
             rows.append(
                 {
                     "method": method,
-                    "ratio, threshold": over_runs(having, ratio),
-                    "ratio, drawn": over_runs(
-                        having, lambda r: np.mean(r["sampled_accuracies"]) / r["target_accuracy"]
-                    ),
+                    "accuracy, threshold": over_runs(having, lambda r: r["decided_accuracy"]),
+                    "accuracy, drawn": over_runs(having, lambda r: np.mean(r["sampled_accuracies"])),
                     "s.d. of one draw": over_runs(having, lambda r: np.std(r["sampled_accuracies"], ddof=1)),
                     "activity, threshold": over_runs(having, lambda r: r["activity"]),
                     "activity, drawn": over_runs(having, lambda r: r["sampled_activity"]),
@@ -110,14 +107,16 @@ def fill_summary(records: Sequence[Record]) -> list[dict[str, Any]]:
 
 def series(records: Sequence[Record], *parts: str, tau: float | None = 0.25) -> dict[str, dict[str, np.ndarray]]:
     """For each method its runs' ratios "lazy", "blind" and "control" and their "activity"."""
+    return {method: ratios(group) for method, group in by_method(records, *parts, tau=tau).items()}
+
+
+def ratios(group: Sequence[Record]) -> dict[str, np.ndarray]:
+    """The runs' ratios "lazy", "blind" and "control" (NaN where none was trained) and their "activity"."""
     return {
-        method: {
-            "lazy": np.array([r.result["accuracy_ratio"] for r in group]),
-            "blind": np.array([r.result["blind_ratio"] for r in group]),
-            "control": np.array([r.result.get("control_ratio", np.nan) for r in group]),
-            "activity": np.array([r.result["activity"] for r in group]),
-        }
-        for method, group in by_method(records, *parts, tau=tau).items()
+        "lazy": np.array([r.result["accuracy_ratio"] for r in group]),
+        "blind": np.array([r.result["blind_ratio"] for r in group]),
+        "control": np.array([r.result.get("control_ratio", np.nan) for r in group]),
+        "activity": np.array([r.result["activity"] for r in group]),
     }
 
 
@@ -152,6 +151,87 @@ def front(records: Sequence[Record], methods: Sequence[str], cost: str) -> dict[
     return found
 
 
+def bars_summary(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """The best policy on the frozen target, with fine-tuned weights, and what it must be held against."""
+    rows = []
+    for method, group in (by_method(records, "best") | by_method(records, "dense")).items():
+        rows.append(
+            {
+                "network": method,
+                "runs": len(group),
+                "ratio": over_runs(group, ratio),
+                "accuracy": over_runs(group, lambda r: r["accuracy"]),
+                "activity": over_runs(group, lambda r: r["activity"]),
+                "compute": over_runs(group, lambda r: r["compute"]),
+                "control": optional(group, lambda r: r["control_ratio"], "control_ratio"),
+                "control, moved pictures": optional(group, lambda r: r["moved_control_ratio"], "moved_control_ratio"),
+            }
+        )
+    return rows
+
+
+def front_summary(records: Sequence[Record], methods: Sequence[str]) -> list[dict[str, Any]]:
+    """The fronts as a table: every method at every sparsity target, first policy seed."""
+    rows = []
+    for method in methods:
+        runs = by_method(records, "best", "estimators", "fronts", tau=None).get(method, [])
+        for tau in sorted({record.spec.settings["tau"] for record in runs}):
+            group = [r for r in runs if r.spec.settings["tau"] == tau and r.spec.settings["policy_seed"] == 0]
+            rows.append(
+                {
+                    "method": method,
+                    "tau": f"{tau:g}",
+                    "ratio": over_runs(group, ratio),
+                    "blind draw": over_runs(group, lambda r: r["blind_ratio"]),
+                    "control": optional(group, lambda r: r["control_ratio"], "control_ratio"),
+                    "activity": over_runs(group, lambda r: r["activity"]),
+                    "compute": over_runs(group, lambda r: r["compute"]),
+                }
+            )
+    return rows
+
+
+def variants_summary(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """Other sparsity losses and other numbers of groups beside what they replace; as in `summary`, with what the policy
+    evaluated of its own accord before its threshold was calibrated."""
+    base = by_method(records, "best", "estimators")
+    first = {m: [r for r in base[m] if r.spec.settings["policy_seed"] == 0] for m in (BASE, WARM) if m in base}
+    found = {f"{BASE}, rate loss": first.get(BASE, [])} | by_method(records, "regularisers")
+    found[f"{WARM}, {first[WARM][0].spec.settings['groups']} groups"] = first[WARM]
+    for count in sorted({r.spec.settings["groups"] for r in records if r.spec.settings["part"] == "groups"}):
+        found |= {f"{m}, {count} groups": g for m, g in by_method(records, "groups", groups=count).items()}
+    return [
+        {
+            "method": method,
+            "runs": len(group),
+            "ratio": over_runs(group, ratio),
+            "blind draw": over_runs(group, lambda r: r["blind_ratio"]),
+            "control": over_runs(group, lambda r: r["control_ratio"]),
+            "activity": over_runs(group, lambda r: r["activity"]),
+            "compute": over_runs(group, lambda r: r["compute"]),
+        }
+        for method, group in found.items()
+        if group
+    ]
+
+
+def findings(records: Sequence[Record]) -> str:
+    """What the estimators and the two best networks keep, as a Markdown list with its numbers filled in."""
+    learned, best = by_method(records, "estimators"), by_method(records, "best")
+    order = sorted(learned, key=lambda method: -over_runs(learned[method], ratio).estimate)
+    said = ", ".join(f"{method} {over_runs(learned[method], ratio).estimate:.2f}" for method in order)
+    found = [f"- **Estimators at 25% activity, three epochs**, best first: {said}."]
+    for method, group in best.items():
+        kept, control = over_runs(group, ratio), over_runs(group, lambda r: r["control_ratio"])
+        spent = over_runs(group, lambda r: r["compute"])
+        found.append(f"- **{method.capitalize()}**: keeps {kept.format(3)} of the best dense target's accuracy for "
+                     f"{spent.estimate:.3f} of its multiply-adds; the control keeps {control.format(3)}.")  # fmt: skip
+    if dense := by_method(records, "dense").get(DENSE):
+        kept = over_runs(dense, ratio)
+        found.append(f"- **The target fine-tuned in full for as long** comes to {kept.format(3)} of itself before.")
+    return "\n".join(found)
+
+
 def claims(records: Sequence[Record]) -> list[Claim]:
     """The bars, every estimator against REINFORCE, compensation, and the forms of the sparsity loss."""
     if len({record.spec.settings["target_seed"] for record in records}) < 2:
@@ -169,9 +249,7 @@ def claims(records: Sequence[Record]) -> list[Claim]:
         found.append(judge(f"policies.control.{end}", "ours", statement, interval, above=0.0))
     for method, group in by_method(records, "regularisers").items():
         end = method.lower().replace(", ", ".").replace(" ", "-").replace("+", "").replace("--", "-")
-        statement = (
-            f"25% active: {method.removeprefix('REINFORCE, ')} as the sparsity loss keeps more than the rate loss"
-        )
+        statement = f"25% active: {method.removeprefix('REINFORCE, ')} for sparsity keeps more than the rate loss"
         found += _gain(f"policies.sparsity.{end}", statement, group, rivals[BASE])
     statement = "25% active: mean contributions of skipped groups, from the start, keep more than zeros"
     found += _gain("policies.filled", statement, by_method(records, "compensation").get(FILLED, []), best[WARM])
@@ -203,66 +281,3 @@ def _gain(id: str, statement: str, group: Sequence[Record], base: Sequence[Recor
     """The claim that runs keep more than those with the same seeds in `base`; none without pairs."""
     interval = gains(group, base, ratio)
     return [] if interval is None else [judge(id, "ours", statement, interval, above=0.0)]
-
-
-def _pairs(records: Sequence[Record], twins: Sequence[Record]) -> dict[str, dict[str, list[Record]]]:
-    """By kind the records of each estimator, REINFORCE's from its own study, where the same settings were used."""
-    found: dict[str, dict[str, list[Record]]] = {}
-    kinds = list(dict.fromkeys(map(kind_of, records)))
-    same = [twin for twin in twins if twin.spec.settings["activity_asked"] == 0.25]
-    for record in [*same, *records]:
-        if kind_of(record) in kinds:
-            name = NAMES[record.spec.settings["estimator"]]
-            found.setdefault(label(kind_of(record)), {}).setdefault(name, []).append(record)
-    return found
-
-
-def dpg_series(records: Sequence[Record], twins: Sequence[Record]) -> dict[str, dict[str, dict[str, np.ndarray]]]:
-    """For each kind and estimator the ratios of its runs, as from `series`; `twins` the study `partitioning`."""
-    return {
-        kind: {
-            name: {
-                "lazy": np.array([r.result["accuracy_ratio"] for r in group]),
-                "blind": np.array([r.result["blind_ratio"] for r in group]),
-                "control": np.array([r.result.get("control_ratio", np.nan) for r in group]),
-                "activity": np.array([r.result["activity"] for r in group]),
-            }
-            for name, group in groups.items()
-        }
-        for kind, groups in _pairs(records, twins).items()
-    }
-
-
-def dpg_summary(records: Sequence[Record], twins: Sequence[Record]) -> list[dict[str, Any]]:
-    """DPG and REINFORCE at 25% activity with their paired difference, by kind."""
-    rows = []
-    for kind, groups in _pairs(records, twins).items():
-        for name, group in groups.items():
-            rows.append(
-                {
-                    "target": kind,
-                    "estimator": name,
-                    "runs": len(group),
-                    "ratio": over_runs(group, ratio),
-                    "less REINFORCE": "" if name == BASE else gains(group, groups[BASE], ratio) or "",
-                    "blind draw": over_runs(group, lambda r: r["blind_ratio"]),
-                    "control": _optional(group, lambda r: r["control_ratio"], "control_ratio"),
-                    "activity": over_runs(group, lambda r: r["activity"]),
-                    "compute": over_runs(group, lambda r: r["compute"]),
-                }
-            )
-    return rows
-
-
-def dpg_claims(records: Sequence[Record], twins: Sequence[Record]) -> list[Claim]:
-    """DPG keeps at least what REINFORCE keeps, for each pretraining (*partitions*, Table 1)."""
-    found = []
-    ids = {label(kind): kind_id(kind) for kind in dict.fromkeys(map(kind_of, records))}
-    for kind, groups in _pairs(records, twins).items():
-        for name in (name for name in groups if name != BASE):
-            id = f"dpg.{ids[kind]}.{name.lower().replace(', ', '.')}"
-            interval = gains(groups[name], groups[BASE], ratio)
-            if interval is not None and interval.n > 1:
-                statement = f"{kind}, 25% active: {name} keeps more than REINFORCE"
-                found.append(judge(id, "partitions, Table 1", statement, interval, above=0.0))
-    return found
