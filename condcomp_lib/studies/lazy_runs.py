@@ -68,10 +68,10 @@ def measured(lazy: LazyNetwork, split: Split, draws: int, first: Tensor | None =
 
 
 def control_of(
-    target: MLP, trained: Record, wanted: float, data: Dataset, artefacts: RunStore, seed: int, augment: int = 0
+    target: MLP, trained: Record, wanted: float, data: Dataset, artefacts: RunStore, seed: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The equal-compute control of a lazy network that takes `wanted` multiply-adds: what a run records of it, and the
-    controls it cites by role (`augment` as for `obtain_control`).
+    controls it cites by role.
 
     Dense nets are trained at multiples of CONTROL_STEP and shared by all lazy networks of a target; between the two
     next to `wanted` accuracy is interpolated linearly in multiply-adds. Accuracy rises ever more slowly with width, so
@@ -90,7 +90,7 @@ def control_of(
     for width in (least, least + step):
         found.append(
             obtain_control(
-                target, trained, cost(width), data, artefacts, seed=seed, augment=augment, **targets.TRAINING[data.name]
+                target, trained, cost(width), data, artefacts, seed=seed, **targets.TRAINING[data.name]
             )[1]
         )  # fmt: skip
     accuracies = [record.result["test_accuracy"] for record in found]
