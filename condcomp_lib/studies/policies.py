@@ -201,6 +201,25 @@ def compute(spec: RunSpec, artefacts: RunStore) -> Outcome:
     return Outcome(result, None, {"note": data.note, "checksum": data.checksum}, cited)
 
 
+def moved_control(
+    target: MLP, trained: Record, wanted: float, data: Dataset, artefacts: RunStore, settings: Mapping[str, Any]
+) -> tuple[dict[str, Any], Record]:
+    """A dense net distilled from `target` on moved pictures that takes at least `wanted` multiply-adds: its width is
+    the equal one rounded up to a multiple of MOVED_STEP, so that the runs of a target share it."""
+    width = -(-control_width(target, wanted) // MOVED_STEP) * MOVED_STEP
+    cost = sum(multiply_adds([target.linears[0].in_features, *[width] * len(target.hidden), data.classes]))
+    control, record = obtain_control(
+        target, trained, cost, data, artefacts, seed=settings["target_seed"], augment=settings["augment"],
+        **targets.TRAINING[data.name],
+    )  # fmt: skip
+    found = record.result["test_accuracy"]
+    return {
+        "moved_control_width": control.hidden[0],
+        "moved_control_accuracy": found,
+        "moved_control_ratio": found / trained.result["test_accuracy"],
+    }, record
+
+
 def sampled(lazy: LazyNetwork, decided: LazyNetwork, settings: Mapping[str, Any], data: Dataset) -> dict[str, Any]:
     """Accuracy and activity when the bits are drawn with the policy's probabilities, as the papers do: each draw of the
     first test examples by itself, and the accuracy of `decided` on the same ones."""
