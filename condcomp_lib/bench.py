@@ -24,7 +24,7 @@ from condcomp_lib.partitioners.gumbel import Gumbel
 from condcomp_lib.partitioners.local import LocalSearch
 from condcomp_lib.partitions import make_partition
 from condcomp_lib.policies import Policy, Sample
-from condcomp_lib.policy_training import policy_plan, train_policy
+from condcomp_lib.policy_training import ESTIMATORS, policy_plan, train_policy
 from condcomp_lib.runs import Outcome, RunSpec, RunStore
 from condcomp_lib.studies.partition_search import Trials
 from condcomp_lib.studies.partitioning_splits import TRIAL
@@ -79,6 +79,43 @@ def training(repeats: int) -> dict[str, Any]:
         "gain_least": min(ratios),
         "gain_most": max(ratios),
     }
+
+
+def estimators(repeats: int) -> dict[str, Any]:
+    """Seconds for one epoch of policy training by each estimator, as in `training` (first layer cached), interleaved:
+    medians, and the median, least and most of the ratios to REINFORCE's epoch of the same turn.
+
+    Supervised routers need groups within layers, so the 16 groups are cut layer by layer for all.
+    """
+    data, generator = datasets.load("svhn"), torch.Generator().manual_seed(0)
+    target = MLP(data.train.x.shape[1], (800, 800, 800), data.classes, generator=generator)
+    first = first_layer(target, torch.from_numpy(data.train.x), CACHE_BYTES)
+    seconds: dict[str, list[float]] = {name: [] for name in ESTIMATORS if name != "dense"}
+
+    def epoch(name: str, scope: str) -> float:
+        partition = make_partition("balanced", target.hidden, 16, generator, scope)
+        lazy = LazyNetwork(target, partition, Policy(partition, 3072, generator=generator), Sample(generator))
+        plan = policy_plan(estimator=name, epochs=1)
+        return _seconds(lambda: train_policy(lazy, data, plan, generator, first=first))
+
+    # In the papers' setting, one gate for the whole net, for the two that they compare.
+    papers = [(epoch("reinforce", "network"), epoch("dpg", "network")) for _ in range(repeats)]
+    for _ in range(repeats):
+        for name, times in seconds.items():
+            times.append(epoch(name, "layer"))
+    ratios = {name: np.array(times) / seconds["reinforce"] for name, times in seconds.items()}
+    return {
+        "threads": torch.get_num_threads(),
+        "repeats": repeats,
+        "one_gate_epoch_s": dict(zip(("reinforce", "dpg"), np.median(papers, axis=0).tolist(), strict=True)),
+        "one_gate_dpg_over_reinforce": _spread([dpg / reinforce for reinforce, dpg in papers]),
+        "epoch_s": {name: float(np.median(times)) for name, times in seconds.items()},
+        "over_reinforce": {name: _spread(ratio.tolist()) for name, ratio in ratios.items()},
+    }
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    return {"median": float(np.median(values)), "least": min(values), "most": max(values)}
 
 
 def partitioners(repeats: int) -> dict[str, Any]:

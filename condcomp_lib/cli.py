@@ -261,6 +261,24 @@ def bench_training(
     _write_json(json_file, figures)
 
 
+@bench_app.command("estimators")
+def bench_estimators(
+    repeats: Annotated[int, typer.Option(min=1, help="times each is measured")] = 5,
+    json_file: JsonFile = None,
+) -> None:
+    """Seconds for an epoch of policy training by each estimator on SVHN, 3x800 frozen, and its ratio to REINFORCE's."""
+    from condcomp_lib import bench
+
+    figures = bench.estimators(repeats)
+    papers, ratio = figures["one_gate_epoch_s"], figures["one_gate_dpg_over_reinforce"]
+    typer.echo(f"one gate: REINFORCE {papers['reinforce']:.1f} s, DPG {papers['dpg']:.1f} s, {ratio['median']:.2f} "
+               f"({ratio['least']:.2f} to {ratio['most']:.2f})")  # fmt: skip
+    for name, seconds in figures["epoch_s"].items():
+        ratio = figures["over_reinforce"][name]
+        typer.echo(f"{name:<20}{seconds:>8.1f} s, {ratio['median']:.2f} ({ratio['least']:.2f} to {ratio['most']:.2f})")
+    _write_json(json_file, figures)
+
+
 @bench_app.command("partitioners")
 def bench_partitioners(
     repeats: Annotated[int, typer.Option(min=1, help="times each is measured")] = 5,

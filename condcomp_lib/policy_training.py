@@ -52,6 +52,8 @@ ESTIMATORS: dict[str, Maker] = {
     "cross-entropy": lambda own, lazy, asked: Supervised(_oracle(lazy), asked, "cross-entropy"),  # noqa: ARG005
 }
 SUPERVISED = ("regression", "cross-entropy")
+# Those whose loss is the cost itself, so that the target's weights have a gradient in it.
+TUNING = ("dense", "straight-through", "threshold-through", "gumbel-sigmoid", "gaussian")
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,8 @@ _WEIGHTS = ("computation", "distil", "labels", "augment", "warm_start", "finetun
 def _check_more(estimator: str, own: Mapping[str, Any]) -> None:
     if estimator not in ESTIMATORS:
         raise unknown("estimator", estimator, ESTIMATORS)
+    if own.get("finetune") and estimator not in TUNING:
+        raise UsageError(f"the target's weights learn with {', '.join(TUNING)} only, not with {estimator!r}")
     if own.get("sparsity", "text") not in FORMS:
         raise unknown("form of the sparsity loss", own["sparsity"], FORMS)
     for rate in own.get("rates", ()):
@@ -244,6 +248,7 @@ class _Training:
 
 def check_learnable(lazy: LazyNetwork, examples: int, settings: Mapping[str, Any]) -> None:
     """Raise UsageError when the policy of `lazy` could not be trained with these settings on so many examples."""
+    estimator = settings.get("estimator", "reinforce")
     needs = [f"baseline {settings['baseline']!r}"] if settings.get("baseline") in ("mean", "leave-one-out") else []
     needs += ["L_v"] if settings["lambda_v"] else []
     if examples % settings["batch"] == 1 and needs:
@@ -251,7 +256,9 @@ def check_learnable(lazy: LazyNetwork, examples: int, settings: Mapping[str, Any
                          f"which {needs[0]} says nothing; choose another batch")  # fmt: skip
     if isinstance(lazy.policy, Oracle):
         raise UsageError("an oracle has nothing to learn; give it a lazy network with a Policy")
-    if settings.get("estimator", "reinforce") == "reinforce" and not isinstance(lazy.decision, Sample):
+    if estimator != "reinforce" and lazy.rescale == "sigma":
+        raise UsageError(f'rescale "sigma" goes with REINFORCE only, not with {estimator!r}')
+    if estimator == "reinforce" and not isinstance(lazy.decision, Sample):
         raise UsageError(f"REINFORCE learns from sampled masks, not from a {type(lazy.decision).__name__}; give it a "
                          "lazy network that decides by Sample")  # fmt: skip
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from condcomp_lib import cli, paths, reproduce, runs, studies
+from condcomp_lib import claims, cli, paths, reproduce, runs, studies
 from condcomp_lib.errors import UsageError
 from condcomp_lib.reproduce import NotebookError
 
@@ -105,8 +105,12 @@ def test_unknown_notebooks_list_the_known_ones(folder):
     assert reproduce.select(None, folder) == ["01_good", "02_bad"]
 
 
-def test_the_whole_quick_profile_from_scratch(tmp_path):
-    done = condcomp("reproduce", "--profile", "quick", CONDCOMP_FIGURES=tmp_path / "figures", CONDCOMP_QUICK_STORE="")
+def test_the_whole_quick_profile_from_scratch_and_that_every_claim_has_a_recorded_verdict(tmp_path, monkeypatch):
+    """One test, so that the quick runs are computed once."""
+    store = tmp_path / "quick-store"
+    done = condcomp(
+        "reproduce", "--profile", "quick", CONDCOMP_FIGURES=tmp_path / "figures", CONDCOMP_QUICK_STORE=store
+    )
     assert done.returncode == 0, done.stderr
     for name in reproduce.names():
         assert f"{name:<24}" in done.stdout
@@ -115,6 +119,14 @@ def test_the_whole_quick_profile_from_scratch(tmp_path):
     for study in map(studies.get, studies.NAMES):
         for item in study.promises("quick"):
             assert (tmp_path / "figures" / "quick" / f"{item}.json").exists()
+    monkeypatch.setenv("CONDCOMP_QUICK_STORE", str(store))
+    judged = {
+        profile: [c for name in studies.NAMES for c in studies.get(name).claims(studies.records(name, profile))]
+        for profile in ("quick", "paper")
+    }
+    for profile, found in judged.items():
+        claims.check_verdicts(found, profile)
+    assert {claim.id for found in judged.values() for claim in found} == set(claims.recorded())
 
 
 def paper_figures(folder):

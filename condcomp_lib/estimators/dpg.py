@@ -76,9 +76,11 @@ class DPG:
     ) -> None:
         if reads not in READS:
             raise unknown("what the critic reads", reads, READS)
-        if batch < 1 or capacity < batch:
+        if batch < 1 or hidden < 1:
+            raise UsageError(f"batch and hidden neurons of the critic must be at least 1, not {batch} and {hidden}")
+        if capacity < batch:
             raise UsageError(f"a replay buffer must hold at least one batch: {capacity} rows are fewer than the "
-                             f"{max(batch, 1)} of a batch")  # fmt: skip
+                             f"{batch} of a batch")  # fmt: skip
         for name, value in (("noise", noise), ("critic's learning rate", rate)):
             if not 0 <= value < float("inf"):
                 raise UsageError(f"the {name} must be a number of at least 0, not {value}")
@@ -109,9 +111,10 @@ class DPG:
 
     def learn(self, generator: torch.Generator) -> float:
         """One step of the critic on rows of the replay buffer; returns its mean squared error before the step."""
+        critic = self._critic()
         rows = self._replay.sample(self.batch, generator)
         with torch.enable_grad():
-            error = mse_loss(self._critic()(rows[:, :-1])[:, 0], rows[:, -1])
+            error = mse_loss(critic(rows[:, :-1])[:, 0], rows[:, -1])
             self._optimiser.zero_grad(set_to_none=True)
             error.backward()
         self._optimiser.step()

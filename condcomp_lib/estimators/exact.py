@@ -30,9 +30,11 @@ class _Given:
 def exact_cost(minibatch: Minibatch) -> Tensor:
     """The expected cost, sum over all masks of pi(M | X) C(M), mean over the examples, with its graph in the policy.
 
-    Raises UsageError for more than MOST_BITS bits, 2^MOST_BITS evaluations.
+    Raises UsageError for more than MOST_BITS bits, 2^MOST_BITS evaluations, and where bits are not only drawn.
     """
     partition = minibatch.lazy.partition
+    if minibatch.lazy.policy.always_on or minibatch.lazy.rescale == "sigma":
+        raise UsageError("the exact cost is that of plainly drawn bits: no always-on group, and no rescaling by sigma")
     if partition.bits > MOST_BITS:
         raise UsageError(f"every mask of {partition.bits} bits cannot be tried; at most {MOST_BITS} bits")
     total = torch.zeros(())
@@ -75,17 +77,21 @@ def measure_bias(estimator: Estimator, minibatch: Minibatch, samples: int, gener
 
     An estimator that learns (a critic, a moving baseline) does so while it is measured.
     """
-    weights = sum(weight.numel() for weight in minibatch.lazy.policy.parameters())
-    if samples <= weights:
-        raise UsageError(f"{weights} weights need more samples than that for a joint test, not {samples}")
     exact = gradient(exact_cost(minibatch), minibatch)
     found = np.stack([gradient(estimator(minibatch, generator).loss, minibatch) for _ in range(samples)])
     return compare(found, exact)
 
 
 def compare(found: np.ndarray, exact: np.ndarray) -> Bias:
-    """Compare estimates `found` (float64, samples x weights) with the `exact` gradient (float64, weights)."""
+    """Compare estimates `found` (float64, samples x weights) with the `exact` gradient (float64, weights).
+
+    Raises UsageError when there are not more samples than weights, or the exact gradient is zero.
+    """
+    if len(found) <= len(exact):
+        raise UsageError(f"a joint test of {len(exact)} weights needs more samples than that, not {len(found)}")
     mean, length = found.mean(0), float(np.linalg.norm(exact))
+    if not length:
+        raise UsageError("the exact gradient is zero: there is nothing to measure a bias against")
     error, spread = mean - exact, np.atleast_2d(np.cov(found, rowvar=False)) / len(found)
     values, axes = np.linalg.eigh(spread)
     kept = values > RANK_TOLERANCE * max(values.max(), 0)
@@ -93,9 +99,8 @@ def compare(found: np.ndarray, exact: np.ndarray) -> Bias:
     across = float(np.linalg.norm((axes.T @ error)[~kept]))
     statistic, freedom = float((along**2 / values[kept]).sum()), int(kept.sum())
     # An error in a direction that does not vary is a bias whatever the chi-square says, unless it is rounding.
-    p_value = 0.0
-    if across <= 1e-4 * length and freedom:
-        rest = len(found) - freedom
+    rest, p_value = len(found) - freedom, 0.0 if across > 1e-4 * length else 1.0
+    if p_value and freedom:
         p_value = float(stats.f.sf(statistic * rest / (freedom * (len(found) - 1)), freedom, rest))
     total = float(np.trace(spread))
     return Bias(

@@ -42,7 +42,7 @@ class ThresholdThrough:
 @dataclass(frozen=True)
 class GumbelSigmoid:
     """sigmoid((logit + g) / temperature), g logistic noise: a binary Concrete number (Maddison et al. 2017, Jang et al.
-    2017), which becomes the sampled bit as the temperature falls. In (0, 1), so a group is partly evaluated."""
+    2017), which becomes the sampled bit as the temperature falls. Between 0 and 1, so a group is partly evaluated."""
 
     generator: torch.Generator
     temperature: float = 0.5

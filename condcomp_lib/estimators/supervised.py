@@ -21,8 +21,8 @@ class Supervised:
     (squared error; the logit is then no logit but the forecast, and ranks groups all the same); "cross-entropy" of the
     bits to the oracle's groups, those with the largest contributions.
 
-    Masks are decided by the router's own ranking while it learns, so that upper gates see layers as they will be; what
-    contributes is what would, given the mask below.
+    Masks are decided by the router's own ranking while it learns, so that upper gates see layers as they will be; in
+    scope "layer" what contributes is what would, given the mask below.
 
     Arguments: `oracle` of the same target and partition; `asked` the share of the groups to evaluate, one for all gates
     or one for each.
@@ -31,8 +31,6 @@ class Supervised:
     def __init__(self, oracle: Oracle, asked: float | Sequence[float], kind: str = "cross-entropy") -> None:
         if kind not in KINDS:
             raise unknown("kind of router", kind, KINDS)
-        if oracle.always_on:
-            raise UsageError("a supervised router needs a policy without an always-on group")
         self.oracle, self.kind = oracle, kind
         self.counts = Budget.of(asked, oracle.partition, oracle).counts
 
@@ -47,19 +45,25 @@ class Supervised:
 
     def __call__(self, minibatch: Minibatch, generator: torch.Generator) -> Estimate:  # noqa: ARG002 (draws nothing)
         """See `Estimator`; the loss is the router's own, not an estimate of the cost."""
-        if minibatch.lazy.partition is not self.oracle.partition:
-            raise UsageError("the oracle and the lazy network must have the same partition")
+        lazy = minibatch.lazy
+        if lazy.partition is not self.oracle.partition or lazy.target is not self.oracle.target:
+            raise UsageError("the oracle and the lazy network must have the same target and partition")
+        if lazy.policy.always_on:
+            raise UsageError("a supervised router needs a policy without an always-on group")
         costs, found = minibatch.under(Budget(self.counts))
         gates = found.logits.split(self.oracle.partition.groups, dim=1)
         loss = torch.zeros(())
-        for logits, shares, count in zip(gates, self._shares(found.hidden), self.counts, strict=True):
+        for logits, shares, count in zip(gates, self._shares(minibatch.x, found.hidden), self.counts, strict=True):
             loss = loss + self._loss(logits, shares, count)
         return Estimate(loss, found, costs.detach())
 
-    def _shares(self, hidden: Sequence[Tensor]) -> list[Tensor]:
-        """For each gate the groups' shares (float32, examples x groups), in scope "network" a mean over the layers."""
-        shares = [self.oracle.shares(layer, h.detach()) for layer, h in enumerate(hidden)]
-        return shares if self.oracle.scope == "layer" else [torch.stack(shares).mean(0)]
+    def _shares(self, x: Tensor, hidden: Sequence[Tensor]) -> list[Tensor]:
+        """For each gate the groups' shares (float32, examples x groups). In scope "network" they are those of the full
+        network, added over the layers, because what a layer gets depends on the mask that is still to be learned."""
+        if self.oracle.scope == "network":
+            with torch.no_grad():
+                return [self.oracle.logits(0, x).exp() / len(self.oracle.partition.widths)]
+        return [self.oracle.shares(layer, h.detach()) for layer, h in enumerate(hidden)]
 
     def _loss(self, logits: Tensor, shares: Tensor, count: int) -> Tensor:
         if self.kind == "regression":
