@@ -132,7 +132,8 @@ class LazyNetwork(nn.Module):
         return torch.cat([torch.ones_like(mask[:, :1]), mask[:, 1:]], 1) if self.policy.always_on else mask
 
     def masked_scores(self, x: Tensor, mask: Tensor) -> Tensor:
-        """Scores of `x` under a given mask (bool, examples x bits), whatever the policy would say; no rescaling."""
+        """Scores of `x` under a given mask (bool, examples x bits), whatever the policy would say; neither rescaled
+        nor filled."""
         for layer, columns in zip(self.target.linears[:-1], self.partition.columns, strict=True):
             x = self.target.activation(layer(x)) * mask[:, columns]
         return self.target.linears[-1](x)
@@ -228,15 +229,17 @@ def decided_by(lazy: LazyNetwork, decision: Decision) -> LazyNetwork:
     return LazyNetwork(lazy.target, lazy.partition, lazy.policy, decision, lazy.rescale, lazy.fill)
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: what is filled in takes part in later training
 def compensated(lazy: LazyNetwork, x: Tensor, batch: int = 2048) -> LazyNetwork:
     """The same lazy network with the mean contribution of a skipped group added to the next layer's pre-activations.
 
     A skipped neuron then counts as its mean over the examples of `x` (float32, examples x features) that skip it. The
     sum over all neurons is part of the next bias, and from a kept activation its mean is subtracted, so no
     multiply-add is added. Gates go on reading what was evaluated only. Layers are done from the first to the last,
-    because what is added below changes those above.
+    because what is added below changes those above. The decision must give bits, no relaxation of them.
     """
+    if not len(x):
+        raise UsageError("there are no examples to take means from")
     fill = [torch.zeros(width) for width in lazy.target.hidden]
     for layer, columns in enumerate(lazy.partition.columns):
         trial = LazyNetwork(lazy.target, lazy.partition, lazy.policy, lazy.decision, lazy.rescale, tuple(fill))

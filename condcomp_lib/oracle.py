@@ -99,6 +99,8 @@ class MaskSearch:
         groups, gates = lazy.partition.groups, len(lazy.policy.gates)
         if len(counts) != gates or not all(1 <= count <= groups for count in counts):
             raise UsageError(f"give the groups to evaluate of each of {gates} gates, 1 to {groups}, not {list(counts)}")
+        if lazy.policy.always_on:
+            raise UsageError("a search needs a policy without an always-on group")
         self.lazy, self.counts, self.batch = lazy, tuple(counts), batch
 
     @torch.inference_mode()
@@ -144,8 +146,13 @@ class MaskSearch:
         return mask.scatter(1, gone, False)
 
     def improve(self, x: Tensor, mask: Tensor, rounds: int = 10) -> Tensor:
-        """Masks after at most `rounds` exchanges in each example, every one of which lowers its divergence."""
+        """Masks after at most `rounds` exchanges in each example, every one of which lowers its divergence.
+
+        Raises UsageError when `mask` does not have the asked number of groups in every gate.
+        """
         groups, mask = self.lazy.partition.groups, mask.clone()
+        if not (mask.view(len(x), -1, groups).sum(2) == torch.tensor(self.counts)).all():
+            raise UsageError(f"every mask must have {list(self.counts)} groups of the gates")
         now = self.distances(x, mask[:, None])[:, 0]
         for _ in range(rounds):
             before = mask.clone()

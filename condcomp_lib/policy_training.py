@@ -108,6 +108,12 @@ def policy_plan(
 
 
 _MORE = ("options", "sparsity", "rates", "computation", "distil", "labels", "augment", "warm_start", "finetune")
+_OPTIONS = {
+    "reinforce": ("normalise", "entropy_weight"),
+    **dict.fromkeys(("dpg", "dpg-bits"), ("noise", "capacity", "batch", "hidden", "rate", "seed")),
+    "gumbel-sigmoid": ("temperature",),
+    "gaussian": ("deviation",),
+}
 _WEIGHTS = ("computation", "distil", "labels", "augment", "warm_start", "finetune")
 
 
@@ -118,11 +124,31 @@ def _check_more(estimator: str, own: Mapping[str, Any]) -> None:
         raise UsageError(f"the target's weights learn with {', '.join(TUNING)} only, not with {estimator!r}")
     if own.get("sparsity", "text") not in FORMS:
         raise unknown("form of the sparsity loss", own["sparsity"], FORMS)
+    if not isinstance(own.get("rates", ()), Sequence):
+        raise UsageError(f"rates must be a list with one sparsity target for each gate, not {own['rates']}")
     for rate in own.get("rates", ()):
         check_tau(rate)
     for name in _WEIGHTS:
         if not 0 <= (own.get(name) or 0) < math.inf:
             raise UsageError(f"{name} must be a number of at least 0, not {own[name]}")
+    for name in ("augment", "warm_start"):
+        if not isinstance(own.get(name, 0), int):
+            raise UsageError(f"{name} must be a whole number, not {own[name]}")
+    _check_options(estimator, own.get("options", {}))
+
+
+def _check_options(estimator: str, options: Mapping[str, Any]) -> None:
+    """Raise UsageError unless the estimator takes these options, with these values."""
+    known = _OPTIONS.get(estimator, ())
+    for name in options:
+        if name not in known:
+            takes = ", ".join(known) or "none"
+            raise UsageError(f"estimator {estimator!r} has no option {name!r}; known: {takes}")
+    draws = torch.Generator()
+    if estimator in ("gumbel-sigmoid", "gaussian"):
+        {"gumbel-sigmoid": GumbelSigmoid, "gaussian": GaussianNoise}[estimator](draws, **options)
+    if estimator in ("reinforce", "dpg", "dpg-bits"):
+        (Reinforce if estimator == "reinforce" else DPG)(**options)
 
 
 def train_policy(
@@ -205,7 +231,7 @@ class _Training:
         known = None if self.first is None else self.first[rows]
         wanted = self.known[rows] if self.known is not None else self.teacher(x) if self.teacher is not None else None
         found = self.estimator(Minibatch(self.lazy, x, lambda found: self.cost(found, y, wanted), known), self.drawing)
-        if self.settings["estimator"] in SUPERVISED:
+        if self.settings["estimator"] in (*SUPERVISED, "dense"):
             return found.loss
         return found.loss + self.sparsity(found)
 
@@ -232,7 +258,9 @@ class _Training:
         if "sparsity" not in self.settings:
             return sparsity_loss(found.logits.sigmoid(), self.settings["tau"], lambda_s, self.settings["lambda_v"])
         # The bits themselves where they have a gradient: what is evaluated, not how likely it is.
-        held = found.mask if found.mask.requires_grad else found.logits.sigmoid()
+        # A divergence needs probabilities: at 0 or 1 it has no gradient.
+        bits = found.mask.requires_grad and self.settings["sparsity"] != "kl"
+        held = found.mask if bits else found.logits.sigmoid()
         sigma = held.split(self.lazy.partition.groups, dim=1)
         return gated_loss(sigma, self.asked, self.settings["sparsity"], lambda_s, self.settings["lambda_v"])
 
@@ -256,8 +284,8 @@ def check_learnable(lazy: LazyNetwork, examples: int, settings: Mapping[str, Any
                          f"which {needs[0]} says nothing; choose another batch")  # fmt: skip
     if isinstance(lazy.policy, Oracle):
         raise UsageError("an oracle has nothing to learn; give it a lazy network with a Policy")
-    if estimator != "reinforce" and lazy.rescale == "sigma":
-        raise UsageError(f'rescale "sigma" goes with REINFORCE only, not with {estimator!r}')
+    if (estimator != "reinforce" or settings.get("warm_start")) and lazy.rescale == "sigma":
+        raise UsageError(f'rescale "sigma" goes with REINFORCE from the start only, not with {estimator!r}')
     if estimator == "reinforce" and not isinstance(lazy.decision, Sample):
         raise UsageError(f"REINFORCE learns from sampled masks, not from a {type(lazy.decision).__name__}; give it a "
                          "lazy network that decides by Sample")  # fmt: skip
@@ -274,8 +302,10 @@ def obtain_policy(spec: RunSpec, lazy: LazyNetwork, data: Dataset, artefacts: Ru
     """Give `lazy` the trained policy of `spec` in place, from the artefact cache or trained now; return its record.
 
     `spec.settings` holds what `policy_plan` returns, the "policy_seed" that shuffles, and whatever else made `lazy`
-    what it is: its target, partition and rescaling.
+    what it is: its target, partition and rescaling. Fine-tuned weights are not kept there.
     """
+    if spec.settings.get("finetune"):
+        raise UsageError("the artefact cache keeps policies, not fine-tuned weights; use train_policy")
 
     def compute(wanted: RunSpec) -> Outcome:
         shuffling = torch.Generator().manual_seed(wanted.settings["policy_seed"])

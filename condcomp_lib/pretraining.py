@@ -73,6 +73,8 @@ def shifted(x: Tensor, shape: tuple[int, int, int], most: int, generator: torch.
     if most < 0:
         raise UsageError(f"pictures can be moved by 0 pixels or more, not by {most}")
     channels, height, width = shape
+    if x.shape[1] != channels * height * width:
+        raise UsageError(f"pictures of {list(shape)} have {channels * height * width} features, these {x.shape[1]}")
     wide = pad(x.reshape(-1, *shape), (most,) * 4, mode="replicate")
     down, right = torch.randint(2 * most + 1, (2, len(x), 1), generator=generator)
     rows, columns = (down + torch.arange(height))[:, None, :, None], (right + torch.arange(width))[:, None, None, :]

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from condcomp_lib.errors import UsageError
+from condcomp_lib.estimators.pathwise import StraightThrough
 from condcomp_lib.fitting import OPTIMISERS, SCHEDULES, fit, plan
 from condcomp_lib.lazy import RESCALES, LazyNetwork, calibrated, compensated, decided_by, evaluate
 from condcomp_lib.oracle import MaskSearch
@@ -508,3 +509,11 @@ def test_a_part_that_needs_no_gradient_stays_whatever_its_rate():
     model[0].requires_grad_(False)
     stayed, moved = fitted(model, [(model[0], 0.5)], optimiser="sgd")
     assert (stayed, moved) == (0, fitted(two_parts(), (), optimiser="sgd")[1])
+
+
+def test_a_compensated_network_can_be_trained_through_its_bits():
+    """The means are constants of an ordinary graph."""
+    lazy = lazy_network("layer")
+    filled = compensated(lazy, inputs(20))
+    filled.evaluate(inputs(20), None, StraightThrough(seeded())).scores.square().sum().backward()
+    assert all(gate.weight.grad.any() for gate in lazy.policy.gates)

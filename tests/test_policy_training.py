@@ -103,7 +103,11 @@ NEW = {
 
 @pytest.mark.parametrize("name", NEW)
 def test_what_is_asked_for_is_added_to_the_plan(name):
-    assert policy_plan(**{name: NEW[name]}) == {**policy_plan(), name: NEW[name]}
+    estimator = "straight-through" if name == "finetune" else "reinforce"
+    assert policy_plan(estimator=estimator, **{name: NEW[name]}) == {
+        **policy_plan(estimator=estimator),
+        name: NEW[name],
+    }
 
 
 @every_estimator
@@ -139,7 +143,18 @@ def test_bad_settings_are_refused(settings, said):
 )
 def test_weights_that_are_no_numbers_of_at_least_0_are_refused(name, value):
     with pytest.raises(UsageError, match=rf"^{name} must be a number of at least 0, not {value}$"):
-        policy_plan(**{name: value})
+        policy_plan(estimator="straight-through", **{name: value})
+
+
+@every_estimator
+def test_weights_of_the_target_learn_only_where_the_loss_is_the_cost(estimator):
+    if estimator in ("dense", *PATHWISE):
+        assert policy_plan(estimator=estimator, finetune=1e-3)["finetune"] == 1e-3
+    else:
+        known = "dense, straight-through, threshold-through, gumbel-sigmoid, gaussian"
+        with pytest.raises(UsageError, match=f"^the target's weights learn with {known} only, not with '{estimator}'$"):
+            policy_plan(estimator=estimator, finetune=1e-3)
+    assert policy_plan(estimator=estimator, finetune=None)["finetune"] is None
 
 
 def test_as_many_rates_as_gates_are_needed(target, data):
@@ -388,6 +403,22 @@ def test_a_last_batch_of_one_is_refused_where_a_baseline_or_l_v_needs_two(estima
     assert same(before, lazy.policy)
     if estimator != "reinforce":
         assert len(train_policy(lazy, data, {**settings, "lambda_v": 0.0}, seeded()).accuracy) == 1
+
+
+@every_estimator
+def test_rescaling_by_sigma_goes_with_reinforce_only(estimator, target, data):
+    plain = lazy_net(target)
+    lazy = LazyNetwork(plain.target, plain.partition, plain.policy, plain.decision, "sigma")
+    before = copy.deepcopy(lazy.policy)
+    if estimator == "reinforce":
+        train_policy(lazy, data, plan(), seeded())
+        assert not same(before, lazy.policy)
+    else:
+        with pytest.raises(
+            UsageError, match=f"^rescale \"sigma\" goes with REINFORCE from the start only, not with '{estimator}'$"
+        ):
+            train_policy(lazy, data, plan(estimator=estimator), seeded())
+        assert same(before, lazy.policy)
 
 
 @every_estimator
