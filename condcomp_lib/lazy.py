@@ -252,11 +252,13 @@ def compensated(lazy: LazyNetwork, x: Tensor, batch: int = 2048) -> LazyNetwork:
     return LazyNetwork(lazy.target, lazy.partition, lazy.policy, lazy.decision, lazy.rescale, tuple(fill))
 
 
-def calibrated(lazy: LazyNetwork, x: Tensor, activity: float | Sequence[float]) -> LazyNetwork:
+def calibrated(
+    lazy: LazyNetwork, x: Tensor, activity: float | Sequence[float], first: Tensor | None = None
+) -> LazyNetwork:
     """The lazy network that decides by thresholds found on `x` so that mean activity is what was asked.
 
     Arguments: `x` (float32, examples x features) calibration data, best the validation split; `activity` in (0, 1], one
-    share for all gates or one for each. In scope "layer" every layer gets the asked activity, found from the first to
+    share for all gates or one for each; `first` the first layer's pre-activations where known already. In scope "layer" every layer gets the asked activity, found from the first to
     the last, because a gate reads what the gates below let through. Equal logits stand or fall together (examples for
     which nothing was evaluated below share theirs), so a gate that hardly looks at its input is calibrated coarsely.
     """
@@ -266,6 +268,6 @@ def calibrated(lazy: LazyNetwork, x: Tensor, activity: float | Sequence[float]) 
     levels: list[float] = []
     for gate in range(gates):
         trial = decided_by(lazy, Threshold((*levels, *([0.0] * (gates - gate)))))
-        logits = evaluate(trial, x).logits.split(lazy.partition.groups, dim=1)[gate]
+        logits = evaluate(trial, x, first).logits.split(lazy.partition.groups, dim=1)[gate]
         levels.append(level_for(logits, sizes[gate], asked[gate]))
     return decided_by(lazy, Threshold(tuple(levels)))

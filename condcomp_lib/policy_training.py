@@ -267,7 +267,7 @@ class _Training:
     def score(self) -> float:
         x, lazy = torch.from_numpy(self.data.valid.x), self.lazy
         if "rates" in self.settings:
-            lazy = calibrated(lazy, x, self.settings["rates"])
+            lazy = calibrated(lazy, x, self.settings["rates"], self.first_valid)
         found = evaluate(lazy, x, self.first_valid)
         self.curve.accuracy.append(hits(found.scores, self.data.valid))
         self.curve.activity.append(lazy.partition.activity(found.mask).mean().item())
