@@ -258,9 +258,11 @@ def calibrated(
     """The lazy network that decides by thresholds found on `x` so that mean activity is what was asked.
 
     Arguments: `x` (float32, examples x features) calibration data, best the validation split; `activity` in (0, 1], one
-    share for all gates or one for each; `first` the first layer's pre-activations where known already. In scope "layer" every layer gets the asked activity, found from the first to
-    the last, because a gate reads what the gates below let through. Equal logits stand or fall together (examples for
-    which nothing was evaluated below share theirs), so a gate that hardly looks at its input is calibrated coarsely.
+    share for all gates or one for each; `first` the first layer's pre-activations where known already.
+
+    In scope "layer" every layer gets the asked activity, found from the first to the last, because a gate reads what
+    the gates below let through. Equal logits stand or fall together (examples for which nothing was evaluated below
+    share theirs), so a gate that hardly looks at its input is calibrated coarsely.
     """
     gates = len(lazy.policy.gates)
     asked = asked_by_gate(activity, gates)
