@@ -1,5 +1,6 @@
 """How one lazy network is measured: the same numbers in every study of lazy networks."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +17,7 @@ from condcomp_lib.training import CACHE_BYTES, control_width, first_layer, obtai
 
 DRAWS = 3  # of the masks of every test example, where they are sampled
 CONTROL_STEP = {"svhn": 64, "mnist": 64, "digits": 8}  # between the widths of the controls that are trained
+CONTROL_WIDEST = {"svhn": 320}  # above it the target itself is the next
 
 
 def deciding(lazy: LazyNetwork, settings: Mapping[str, Any], data: Dataset) -> LazyNetwork:
@@ -75,7 +77,7 @@ def control_of(
 
     Dense nets are trained at multiples of CONTROL_STEP and shared by all lazy networks of a target; between the two
     next to `wanted` accuracy is interpolated linearly in multiply-adds. Accuracy rises ever more slowly with width, so
-    the true control is, if anything, a little better.
+    the true control is, if anything, a little better. Above CONTROL_WIDEST the upper of the two is the target itself.
     """
     step, depth = CONTROL_STEP[data.name], len(target.hidden)
     inputs, classes = target.linears[0].in_features, target.linears[-1].out_features
@@ -84,15 +86,19 @@ def control_of(
         return sum(multiply_adds([inputs, *[width] * depth, classes]))
 
     least = step
-    while cost(least + step) <= wanted:
+    widest = CONTROL_WIDEST.get(data.name, math.inf)
+    while cost(least + step) <= wanted and least < widest:
         least += step
-    found, weight = [], min(1.0, max(0.0, (wanted - cost(least)) / (cost(least + step) - cost(least))))
-    for width in (least, least + step):
-        found.append(
-            obtain_control(
-                target, trained, cost(width), data, artefacts, seed=seed, **targets.TRAINING[data.name]
-            )[1]
-        )  # fmt: skip
+    above = least + step if least < widest else max(target.hidden)
+    weight = min(1.0, max(0.0, (wanted - cost(least)) / (cost(above) - cost(least))))
+
+    def trained_at(width: int) -> Record:
+        if width == above and least == widest:
+            return trained
+        training = targets.TRAINING[data.name]
+        return obtain_control(target, trained, cost(width), data, artefacts, seed=seed, **training)[1]
+
+    found = [trained_at(least), trained_at(above)]
     accuracies = [record.result["test_accuracy"] for record in found]
     accuracy = (1 - weight) * accuracies[0] + weight * accuracies[1]
     result = {
