@@ -31,6 +31,7 @@ from condcomp_lib.policies import Sample, asked_by_gate
 from condcomp_lib.pretraining import shifted
 from condcomp_lib.runs import Outcome, Record, RunSpec, RunStore
 from condcomp_lib.sparsity import FORMS, check_tau, gated_loss, sparsity_loss
+from condcomp_lib.targets import MLP
 from condcomp_lib.training import CACHE_BYTES, TEMPERATURE, first_layer, hits, shelf
 
 POLICY_RECIPE = 1
@@ -158,6 +159,7 @@ def train_policy(
     generator: torch.Generator,
     *,
     first: Tensor | None = None,
+    wanted: Tensor | None = None,
     cache_bytes: int = CACHE_BYTES,
     progress: str | None = None,
 ) -> PolicyCurve:
@@ -169,17 +171,18 @@ def train_policy(
     computed once where they fit into `cache_bytes`; with `finetune` its weights are trained too, in place.
 
     Arguments: `settings` as from `policy_plan`; `generator` shuffles (masks are drawn by the lazy network's decision
-    where it samples); `first` those pre-activations of the training data where known already, as from `first_layer`.
+    where it samples); `first` those pre-activations of the training data where known already, as from `first_layer`,
+    and `wanted` the target's scores of it (float32, examples x classes).
     """
     check_learnable(lazy, min(len(data.train), settings.get("epoch_examples", len(data.train))), settings)
     if not settings.get("warm_start"):
-        return _Training(lazy, data, settings, generator, first, cache_bytes).run(progress)
+        return _Training(lazy, data, settings, generator, first, wanted, cache_bytes).run(progress)
     before = {**settings, "estimator": "cross-entropy", "max_epochs": settings["warm_start"], "options": {}}
     without = ("finetune", "warm_start", "computation", "controller")
     warm = _Training(lazy, data, {key: value for key, value in before.items() if key not in without}, generator,
-                     first, cache_bytes)  # fmt: skip
+                     first, wanted, cache_bytes)  # fmt: skip
     curve = warm.run(progress)
-    after = _Training(lazy, data, settings, generator, warm.first, cache_bytes).run(progress)
+    after = _Training(lazy, data, settings, generator, warm.first, warm.wanted, cache_bytes).run(progress)
     return PolicyCurve(curve.accuracy + after.accuracy, curve.activity + after.activity)
 
 
@@ -193,6 +196,7 @@ class _Training:
         settings: Mapping[str, Any],
         generator: torch.Generator,
         first: Tensor | None,
+        wanted: Tensor | None,
         cache_bytes: int,
     ) -> None:
         self.lazy, self.data, self.settings, self.generator = lazy, data, settings, generator
@@ -206,10 +210,9 @@ class _Training:
         lazy.target.requires_grad_(bool(self.tuned))
         self.x, self.y = torch.from_numpy(data.train.x), torch.from_numpy(data.train.y)
         self.teacher = copy.deepcopy(lazy.target).requires_grad_(False) if settings.get("distil") else None
-        self.known = None  # the teacher's scores, where pictures stay as they are
+        self.wanted = None  # the teacher's scores, where pictures stay as they are
         if self.teacher is not None and not settings.get("augment"):
-            with torch.no_grad():
-                self.known = torch.cat([self.teacher(part) for part in self.x.split(2048)])
+            self.wanted = scores_of(self.teacher, self.x) if wanted is None else wanted
         frozen = not self.tuned and not settings.get("augment")
         self.first = (first_layer(lazy.target, self.x, cache_bytes) if first is None else first) if frozen else None
         valid = torch.from_numpy(data.valid.x)
@@ -229,7 +232,7 @@ class _Training:
         if self.settings.get("augment"):
             x = shifted(x, self.data.shape, self.settings["augment"], self.generator)
         known = None if self.first is None else self.first[rows]
-        wanted = self.known[rows] if self.known is not None else self.teacher(x) if self.teacher is not None else None
+        wanted = self.wanted[rows] if self.wanted is not None else self.teacher(x) if self.teacher is not None else None
         found = self.estimator(Minibatch(self.lazy, x, lambda found: self.cost(found, y, wanted), known), self.drawing)
         if self.settings["estimator"] in (*SUPERVISED, "dense"):
             return found.loss
@@ -272,6 +275,12 @@ class _Training:
         self.curve.accuracy.append(hits(found.scores, self.data.valid))
         self.curve.activity.append(lazy.partition.activity(found.mask).mean().item())
         return self.curve.accuracy[-1]
+
+
+@torch.no_grad()
+def scores_of(target: MLP, x: Tensor) -> Tensor:
+    """The target's scores (float32, examples x classes) of `x` (float32, examples x features), in minibatches."""
+    return torch.cat([target(part) for part in x.split(2048)])
 
 
 def check_learnable(lazy: LazyNetwork, examples: int, settings: Mapping[str, Any]) -> None:
