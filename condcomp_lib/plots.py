@@ -278,9 +278,13 @@ def estimator_errors(rows: Mapping[str, Mapping[str, tuple[float, float]]], axes
     axes[0].set_yticks([-index for index in range(len(rows))], list(rows))
     for ax in axes:
         ax.set(xscale="log", ylim=(-len(rows) + 0.4, 0.6))
+        low, high = ax.get_xlim()
+        ticks = [tick for tick in (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30) if low <= tick <= high]
+        ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        ax.minorticks_off()
         ax.grid(axis="y", visible=False)
     axes[0].set(xlabel="bias / length of the exact gradient")
-    axes[1].set(xlabel="standard deviation / length of the exact gradient", yticks=[])
+    axes[1].set(xlabel="standard deviation / length of the exact gradient")
     return axes
 
 

@@ -44,7 +44,7 @@ FILL_EXAMPLES = 10_000  # training examples that compensation takes its means fr
 # How every policy is held to its activity unless a method says otherwise, and what an example costs: the label's
 # negative log likelihood and, as much again, the divergence from the target's scores (times TEMPERATURE squared, 4).
 COMMON: dict[str, Any] = {"sparsity": "rate", "lambda_s": 1.0, "distil": 0.25}
-NORMALISED = {"options": {"normalise": True, "entropy_weight": 1e-3}, "lambda_s": 10.0}
+NORMALISED = {"options": {"normalise": True, "entropy_weight": 1e-3}}
 ESTIMATORS: dict[str, dict[str, Any]] = {
     "REINFORCE": {"estimator": "reinforce"},
     "REINFORCE, normalised": {"estimator": "reinforce", **NORMALISED},
