@@ -74,7 +74,7 @@ REGULARISERS: dict[str, dict[str, Any]] = {
 }
 COMPENSATED = (WARM, TUNED, "straight-through", "cross-entropy", "REINFORCE")  # also measured with means filled in
 FRONT = (0.05, 0.1, 0.5)
-FRONT_METHODS = (WARM, "threshold-through", "straight-through")
+FRONT_METHODS = (WARM, "threshold-through", "cross-entropy")  # the three that keep most of the frozen target
 ABLATED = (50,)  # groups a layer instead of the base's
 
 
