@@ -55,10 +55,16 @@ ESTIMATORS: dict[str, dict[str, Any]] = {
     "Gumbel-sigmoid": {"estimator": "gumbel-sigmoid"},
     "straight-through": {"estimator": "straight-through"},
     "threshold-through": {"estimator": "threshold-through"},
+    "threshold-through, 8 epochs": {"estimator": "threshold-through", "epochs": 8},  # as many as the warm start
     "regression": {"estimator": "regression"},
     "cross-entropy": {"estimator": "cross-entropy"},
 }
-ONCE = ("REINFORCE, normalised", "regression", "threshold-through")  # estimators without a second policy seed
+ONCE = (
+    "REINFORCE, normalised",
+    "regression",
+    "threshold-through",
+    "threshold-through, 8 epochs",
+)  # estimators without a second policy seed
 # Two epochs of cross-entropy to the oracle's groups, then straight-through at the threshold.
 WARM_START: dict[str, Any] = {"estimator": "threshold-through", "warm_start": 2, "epochs": 6}
 TUNE_EPOCHS = {"digits": 8, "svhn": 12}
