@@ -88,8 +88,8 @@ class MaskSearch:
 
     A mask is worth the less the further the scores under it are from the full network's, measured by the
     Kullback-Leibler divergence of the two predictions: no label is looked at. `greedy` starts with every group and
-    leaves out the least missed one, again and again; `improve` then exchanges one evaluated group of a gate for one
-    that is not, the best exchange first, until none helps.
+    leaves out the least missed one, again and again; `improve` then exchanges, gate by gate, one evaluated group
+    for one that is not, each time the best exchange, until none helps or the rounds are over.
 
     Arguments: `lazy` whose target, partition and rescaling are meant; `counts` the groups of each gate to evaluate;
     `batch` how many masks are tried at once.

@@ -195,8 +195,8 @@ def group_use(shares: np.ndarray, rates: np.ndarray, ax: Axes | None = None) -> 
 
 
 def split_ratios(rows: Mapping[str, Mapping[str, np.ndarray]], ax: Axes | None = None, activity: bool = False) -> Axes:
-    """Accuracy ratios by partitioner, one line each, first on top: runs as points, their mean as a bar, blind draws as
-    crosses, the control as a short upright line; with `activity` the mean share of neurons at the right end.
+    """Accuracy ratios by partitioner or method, one line each, first on top: runs as points, their mean as a bar, blind
+    draws as crosses, the control as a short upright line; with `activity` the mean share of neurons at the right end.
 
     `rows` maps a partitioner to its series "lazy", "blind", "control" and "activity" (one number a run).
     """
@@ -262,16 +262,16 @@ def ladder(lines: Mapping[str, tuple[Sequence[int], np.ndarray]], ax: Axes | Non
 def estimator_errors(rows: Mapping[str, Mapping[str, tuple[float, float]]], axes: Sequence[Axes]) -> Sequence[Axes]:
     """Bias and standard deviation of each estimator, first on top, in parts of the exact gradient's length.
 
-    `rows` maps an estimator to its (bias, standard error of it) and, as "deviation, ...", (standard deviation, unused)
-    by scope; `axes` two, for bias and deviation. A hollow mark lies within twice its standard error.
+    `rows` maps an estimator to its (bias, p-value of none) by scope and, as "deviation, ...", to (standard deviation,
+    unused); `axes` two, for bias and deviation. Hollow marks: no bias can be told at 1%.
     """
     looks = {"network": (BLUE, "o", 0.12, "one gate, reads X"), "layer": (VERMILION, "s", -0.12, "a gate a layer")}
     for index, found in enumerate(rows.values()):
         for scope, (colour, marker, offset, label) in looks.items():
             if scope not in found:
                 continue
-            bias, error = found[scope]
-            face = "white" if bias <= 2 * error else colour
+            bias, p_value = found[scope]
+            face = "white" if p_value > 0.01 else colour
             name = None if index else label
             axes[0].plot(bias, offset - index, marker, color=colour, markerfacecolor=face, markersize=5, label=name)
             axes[1].plot(found[f"deviation, {scope}"][0], offset - index, marker, color=colour, markersize=5)
@@ -291,7 +291,7 @@ def estimator_errors(rows: Mapping[str, Mapping[str, tuple[float, float]]], axes
 def fronts(lines: Mapping[str, tuple[np.ndarray, np.ndarray]], ax: Axes | None = None) -> Axes:
     """Accuracy ratio against a cost, one line per method through the means, every run as a point.
 
-    `lines` maps a method to costs and ratios (targets x runs each); "control" is drawn as small grey crosses.
+    `lines` maps a method to costs and ratios (sparsity targets x runs each); "control" is drawn as small grey crosses.
     """
     ax = ax or plt.subplots()[1]
     colours = (BLUE, VERMILION, GREEN, PURPLE, SKY)
@@ -306,5 +306,5 @@ def fronts(lines: Mapping[str, tuple[np.ndarray, np.ndarray]], ax: Axes | None =
         ax.plot(100 * costs.mean(1), ratios.mean(1), line + marker, color=colour, linewidth=1.7,
                 markersize=4 if marker == "o" else 9, label=name)  # fmt: skip
     ax.axhline(1, color=GREY, linewidth=0.8, linestyle=":")
-    ax.set(ylabel="accuracy / the best dense target's")
+    ax.set(ylabel="accuracy / the target's")
     return ax

@@ -125,6 +125,9 @@ def _check_more(estimator: str, own: Mapping[str, Any]) -> None:
         raise UsageError(f"the target's weights learn with {', '.join(TUNING)} only, not with {estimator!r}")
     if own.get("sparsity", "text") not in FORMS:
         raise unknown("form of the sparsity loss", own["sparsity"], FORMS)
+    if "rates" in own and "sparsity" not in own and estimator not in SUPERVISED:
+        raise UsageError("rates are the sparsity targets of a sparsity loss gate by gate; name one of "
+                         f"{', '.join(FORMS)} as sparsity, too")  # fmt: skip
     if not isinstance(own.get("rates", ()), Sequence):
         raise UsageError(f"rates must be a list with one sparsity target for each gate, not {own['rates']}")
     for rate in own.get("rates", ()):
@@ -165,10 +168,11 @@ def train_policy(
 ) -> PolicyCurve:
     """Train the policy of `lazy` in place by the estimator of `settings` on the cost of the lazy network.
 
-    The cost of an example is its negative log likelihood under the mask (and what `policy_plan` adds to it); the
-    sparsity loss is added and follows its own gradient. The policy of the last epoch is kept: an epoch chosen by
-    accuracy alone would be one of high activity. The target is frozen, and the first layer's pre-activations are
-    computed once where they fit into `cache_bytes`; with `finetune` its weights are trained too, in place.
+    The cost of an example is its negative log likelihood under the mask (and what `policy_plan` adds to it). The
+    sparsity loss is added and follows its own gradient, with relaxed bits in place of probabilities where there are any
+    (not for supervised routers, which learn a fixed number of groups, nor for "dense"). The last epoch's policy is
+    kept: one chosen by accuracy alone would be one of high activity. The target is frozen, and the first layer's
+    pre-activations are computed once where they fit into `cache_bytes`; with `finetune` its weights are trained, too.
 
     Arguments: `settings` as from `policy_plan`; `generator` shuffles (masks are drawn by the lazy network's decision
     where it samples); `first` those pre-activations of the training data where known already, as from `first_layer`,

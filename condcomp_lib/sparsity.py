@@ -50,7 +50,8 @@ def variance_loss(sigma: Tensor) -> Tensor:
 
 
 def squared_loss(sigma: Tensor, tau: float) -> Tensor:
-    """L_b + L_e as in the authors' code: squares instead of distances, sums over examples, L_e times 0.001."""
+    """L_b + L_e as in the authors' code for fully connected nets: squares instead of distances, sums over examples, L_e
+    times 0.001. (Its costs are sums over a minibatch, too: weights there act 128 times as strongly.)"""
     check_tau(tau)
     batch = (sigma.mean(0) - tau).square().sum()
     return batch + CODE_EXAMPLE_WEIGHT * (sigma.mean(1) - tau).square().sum()
@@ -68,7 +69,9 @@ def rate_loss(sigma: Tensor, tau: float) -> Tensor:
 
 
 def kl_loss(sigma: Tensor, tau: float) -> Tensor:
-    """mean_i sum_j KL(sigma_ij || tau), the divergence from a base rate (*dropout-policies*), with its own gradient."""
+    """mean_i sum_j KL(sigma_ij || tau), the divergence from a base rate (*dropout-policies*), with its own gradient.
+
+    The paper has it inside REINFORCE's cost, which leaves that gradient out."""
     check_tau(tau)
     sigma, q = sigma.clamp(LEAST, 1 - LEAST), min(max(tau, LEAST), 1 - LEAST)
     divergence = sigma * (sigma / q).log() + (1 - sigma) * ((1 - sigma) / (1 - q)).log()

@@ -53,9 +53,12 @@ class DPG:
     """The action is a = sigma + noise; the environment draws the mask from it and returns the cost; the critic Q(X, a)
     regresses that cost on a replay buffer; the policy follows grad_a Q at sigma times the gradient of sigma.
 
-    A mask is decided once for each example, so there is nothing to bootstrap and no target network. The critic has one
-    hidden layer and reads X (pooled where the policy pools it) and the action; with `reads` "bits" it learns from the
-    drawn bits instead of the action, which are what the cost depends on, and is asked at sigma all the same.
+    The paper has a deep critic Q(X, M) and leaves open whether M is probabilities or bits; noise, replay and the one
+    hidden layer of the critic are ours. A mask is decided once for each example, so there is nothing to bootstrap.
+
+    The critic reads X (pooled where the policy pools it) and the action; with `reads` "bits" it learns from the drawn
+    bits instead of the action, which are what the cost depends on, and is asked at sigma all the same. With a gate for
+    each layer grad_a Q holds the actions above fixed, which really depend on the bits below.
 
     Arguments: `noise` standard deviation; `capacity` of the replay buffer and `batch` rows of it in one step of the
     critic (Adam at `rate`); `hidden` neurons of the critic; `seed` of its first weights.

@@ -18,7 +18,8 @@ LEAST_UNIFORM = 1e-6  # uniform numbers stay as far from 0 and 1, so that their 
 
 @dataclass(frozen=True)
 class StraightThrough:
-    """The sampled bits going forward, the probabilities sigma going backward (Bengio, Leonard, Courville 2013)."""
+    """The sampled bits going forward, the probabilities sigma going backward (Bengio, Leonard, Courville 2013, in the
+    variant with the slope of the sigmoid)."""
 
     generator: torch.Generator
 

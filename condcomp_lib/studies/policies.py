@@ -25,7 +25,7 @@ from condcomp_lib.targets import MLP, hidden_widths, multiply_adds
 from condcomp_lib.training import CACHE_BYTES, control_width, first_layer, obtain_control, obtain_target
 
 RECIPE = 1
-# The target with the best test accuracy among those trained; PAPER and PLAIN as in the study of partitions.
+# The pretraining whose targets have the best test accuracy among those trained.
 BEST: Kind = ("svhn", "3x800", "dropout-uniform", 0.5, "none")
 BASE: dict[str, tuple[Kind, int]] = {"quick": (("digits", "2x64", "dropout-uniform", 0.3, "none"), 16),
                                      "paper": (BEST, 100)}  # fmt: skip
@@ -65,12 +65,13 @@ ONCE = (
     "threshold-through",
     "threshold-through, 8 epochs",
 )  # estimators without a second policy seed
-# Two epochs of cross-entropy to the oracle's groups, then straight-through at the threshold.
+# Two epochs of cross-entropy to the oracle's groups, then six of threshold-through.
 WARM_START: dict[str, Any] = {"estimator": "threshold-through", "warm_start": 2, "epochs": 6}
 TUNE_EPOCHS = {"digits": 8, "svhn": 12}
 TUNING: dict[str, Any] = {"distil": 0.25, "finetune": 4e-4}
 MOVED_STEP = 32
 SHIFT = {"digits": 1, "svhn": 2}  # pixels by which pictures are moved while weights are fine-tuned
+# One weight for each, a guess of the size at which the terms are as large as in the rate loss; none was tuned.
 REGULARISERS: dict[str, dict[str, Any]] = {
     "L_b + L_e": {"sparsity": "text", "lambda_s": 0.05},
     "L_b + L_e, squared": {"sparsity": "code", "lambda_s": 1.0},
@@ -111,8 +112,8 @@ def methods(profile: str) -> dict[str, list[tuple[str, float, int, dict[str, Any
 
 
 def specs(profile: str) -> list[RunSpec]:
-    """One run per method, sparsity target and seeds; the bars' runs first. Only estimators and the best are repeated
-    with a second policy seed."""
+    """One run per method, sparsity target and seeds. Only estimators and the two of the part "best" are repeated with a
+    second policy seed."""
     target_seeds, policy_seeds = SEEDS[profile]
     found = []
     for part, runs in methods(profile).items():
@@ -190,7 +191,7 @@ def compute(spec: RunSpec, artefacts: RunStore) -> Outcome:
     curve = train_policy(lazy, data, settings, shuffling, first=first, wanted=wanted)
     decided = calibrated(lazy, torch.from_numpy(data.valid.x), settings["rates"])
     result = measure(decided, settings, data, trained)
-    wanted = result.pop("multiply_adds")
+    spent = result.pop("multiply_adds")
     result |= {"accuracy_curve": curve.accuracy, "activity_curve": curve.activity, "epochs": len(curve.accuracy)}
     if settings["part"] in ("best", "estimators"):
         result |= sampled(lazy, decided, settings, data)
@@ -200,23 +201,23 @@ def compute(spec: RunSpec, artefacts: RunStore) -> Outcome:
     if settings["method"] != DENSE:
         # Controls are distilled from the target as it was, also where the lazy network's copy is fine-tuned.
         fresh, _ = obtain_target(targets.target_of(settings), data, artefacts)
-        control, controls = control_of(fresh, trained, wanted, data, artefacts, settings["target_seed"])
+        control, controls = control_of(fresh, trained, spent, data, artefacts, settings["target_seed"])
         result |= control
         cited |= controls
     if settings["method"] == TUNED:  # what its moved pictures alone are worth to a dense net
-        moved, record = moved_control(fresh, trained, wanted, data, artefacts, settings)
+        moved, record = moved_control(fresh, trained, spent, data, artefacts, settings)
         result |= moved
         cited["moved_control"] = record.cite()
     return Outcome(result, None, {"note": data.note, "checksum": data.checksum}, cited)
 
 
-_known: dict[str, tuple[Tensor | None, Tensor]] = {}
+_known: dict[str, tuple[Tensor | None, Tensor]] = {}  # a cache of one target's numbers, by its name
 
 
 def known_of(target: MLP, name: str, data: Dataset) -> tuple[Tensor | None, Tensor]:
     """The frozen target's first layer and scores on the training data, kept for the next run of the same target."""
     if name not in _known:
-        _known.clear()  # one target's at a time: they take 180 MB
+        _known.clear()  # they take 180 MB
         x = torch.from_numpy(data.train.x)
         _known[name] = (first_layer(target, x, CACHE_BYTES), scores_of(target, x))
     return _known[name]

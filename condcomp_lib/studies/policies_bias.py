@@ -101,7 +101,7 @@ def table(records: Sequence[Record]) -> list[dict[str, Any]]:
             "standard error": f"{record.result['noise']:.3f}",
             "standard deviation": f"{record.result['deviation']:.2f}",
             "cosine": f"{record.result['cosine']:.3f}",
-            "chi-square": f"{record.result['statistic']:.1f} ({record.result['freedom']})",
+            "T² (directions)": f"{record.result['statistic']:.1f} ({record.result['freedom']})",
             "p": f"{record.result['p_value']:.2g}",
         }
         for record in records
@@ -109,11 +109,11 @@ def table(records: Sequence[Record]) -> list[dict[str, Any]]:
 
 
 def errors(records: Sequence[Record]) -> dict[str, dict[str, tuple[float, float]]]:
-    """For each estimator and scope the bias with its standard error, and the standard deviation of one estimate."""
+    """For each estimator and scope the bias with the p-value of none, and the standard deviation of one estimate."""
     found: dict[str, dict[str, tuple[float, float]]] = {}
     for record in records:
         own, scope = found.setdefault(record.spec.settings["estimator"], {}), record.spec.settings["scope"]
-        own[scope] = (record.result["bias"], record.result["noise"])
+        own[scope] = (record.result["bias"], record.result["p_value"])
         own[f"deviation, {scope}"] = (record.result["deviation"], 0.0)
     return found
 
@@ -122,10 +122,11 @@ def finding(records: Sequence[Record]) -> str:
     """Which estimators are told from unbiased ones, and whose estimates vary least, in words with numbers filled in."""
     passed = [r.spec.settings["estimator"] for r in records if r.result["p_value"] > 0.01]
     clean = [name for name in dict.fromkeys(passed) if passed.count(name) == len(SCOPES)]
+    said = ", ".join(clean) or "none"
     rows = sorted(records, key=lambda record: record.result["deviation"])
     least, most = rows[0], rows[-1]
     return (
-        f"At 1%, only {', '.join(clean)} cannot be told from the exact gradient in both scopes. One estimate "
+        f"Not told from the exact gradient at 1% in either scope: {said}. One estimate "
         f"varies least with {least.spec.settings['estimator']} ({least.result['deviation']:.2f} of the gradient, "
         f"bias {least.result['bias']:.2f}) and most with {most.spec.settings['estimator']} "
         f"({most.result['deviation']:.2f}, bias {most.result['bias']:.2f})."

@@ -108,9 +108,10 @@ def claims(records: Sequence[Record]) -> list[Claim]:
         group = [record.result for record in records if kind_of(record) == kind]
         if len(group) < 2:
             continue  # one target says nothing about another
-        for other in ("oracle", "learned"):
+        names = {"oracle": "the oracle's", "learned": "a learned policy's"}
+        for other in names:
             gain = np.array([result["local search"]["ratio"] - result[other]["ratio"] for result in group])
-            statement = f"{label(kind)}, {GROUPS['paper']} groups a layer: searched masks keep more than the {other}'s"
+            statement = f"{label(kind)}, {GROUPS['paper']} groups a layer: searched masks keep more than {names[other]}"
             id = f"search.{kind_id(kind)}.{other}"
             found.append(judge(id, "ours", statement, stats.interval(gain.tolist()), above=0.0))
     return found
