@@ -84,11 +84,11 @@ def policy_plan(
     exp(controller * (activity - tau)), so that the share of neurons evaluated, not only of groups, comes to tau. While
     a policy is saturated the weight winds up, to MOST_WEIGHT at most, and then holds groups close to tau.
 
-    `options` of the estimator by name; `sparsity` one of `sparsity.FORMS`, gate by gate, with `rates` the sparsity
-    target of each gate in place of tau; `computation` the weight of the share of multiply-adds in an example's cost;
-    `distil` the weight in it of the divergence from the target's scores; `labels` that of the label's negative log
-    likelihood (1); `augment` pixels by which pictures are moved; `warm_start` epochs of cross-entropy to the oracle's
-    groups before; `finetune` a learning rate of the target's weights (None: frozen).
+    `options` of the estimator by name; `sparsity` one of `sparsity.FORMS` gate by gate ("text" where only rates are
+    given), with `rates` the sparsity target of each gate in place of tau; `computation` the weight of the share of
+    multiply-adds in an example's cost; `distil` the weight in it of the divergence from the target's scores; `labels`
+    that of the label's negative log likelihood (1); `augment` pixels by which pictures are moved; `warm_start` epochs of
+    cross-entropy to the oracle's groups before; `finetune` a learning rate of the target's weights (None: frozen).
 
     >>> policy_plan(epochs=5)["tau"]
     0.25
@@ -125,9 +125,6 @@ def _check_more(estimator: str, own: Mapping[str, Any]) -> None:
         raise UsageError(f"the target's weights learn with {', '.join(TUNING)} only, not with {estimator!r}")
     if own.get("sparsity", "text") not in FORMS:
         raise unknown("form of the sparsity loss", own["sparsity"], FORMS)
-    if "rates" in own and "sparsity" not in own and estimator not in SUPERVISED:
-        raise UsageError("rates are the sparsity targets of a sparsity loss gate by gate; name one of "
-                         f"{', '.join(FORMS)} as sparsity, too")  # fmt: skip
     if not isinstance(own.get("rates", ()), Sequence):
         raise UsageError(f"rates must be a list with one sparsity target for each gate, not {own['rates']}")
     for rate in own.get("rates", ()):
@@ -262,14 +259,15 @@ class _Training:
         return self._sparsity(found, self.lambda_s)
 
     def _sparsity(self, found: Evaluation, lambda_s: float) -> Tensor:
-        if "sparsity" not in self.settings:
+        if not {"sparsity", "rates"} & set(self.settings):
             return sparsity_loss(found.logits.sigmoid(), self.settings["tau"], lambda_s, self.settings["lambda_v"])
         # The bits themselves where they have a gradient: what is evaluated, not how likely it is.
         # A divergence needs probabilities: at 0 or 1 it has no gradient.
-        bits = found.mask.requires_grad and self.settings["sparsity"] != "kl"
+        form = self.settings.get("sparsity", "text")
+        bits = found.mask.requires_grad and form != "kl"
         held = found.mask if bits else found.logits.sigmoid()
         sigma = held.split(self.lazy.partition.groups, dim=1)
-        return gated_loss(sigma, self.asked, self.settings["sparsity"], lambda_s, self.settings["lambda_v"])
+        return gated_loss(sigma, self.asked, form, lambda_s, self.settings["lambda_v"])
 
     def score(self) -> float:
         x, lazy = torch.from_numpy(self.data.valid.x), self.lazy
