@@ -87,8 +87,8 @@ def policy_plan(
     `options` of the estimator by name; `sparsity` one of `sparsity.FORMS` gate by gate ("text" where only rates are
     given), with `rates` the sparsity target of each gate in place of tau; `computation` the weight of the share of
     multiply-adds in an example's cost; `distil` the weight in it of the divergence from the target's scores; `labels`
-    that of the label's negative log likelihood (1); `augment` pixels by which pictures are moved; `warm_start` epochs of
-    cross-entropy to the oracle's groups before; `finetune` a learning rate of the target's weights (None: frozen).
+    that of the label's negative log likelihood (1); `augment` pixels by which pictures are moved; `warm_start` epochs
+    of cross-entropy to the oracle's groups before; `finetune` a learning rate of the target's weights (None: frozen).
 
     >>> policy_plan(epochs=5)["tau"]
     0.25
