@@ -268,13 +268,14 @@ def estimator_errors(rows: Mapping[str, Mapping[str, tuple[float, float]]], axes
     looks = {"network": (BLUE, "o", 0.12, "one gate, reads X"), "layer": (VERMILION, "s", -0.12, "a gate a layer")}
     for index, found in enumerate(rows.values()):
         for scope, (colour, marker, offset, label) in looks.items():
-            if scope not in found:
-                continue
             bias, p_value = found[scope]
             face = "white" if p_value > 0.01 else colour
             name = None if index else label
             axes[0].plot(bias, offset - index, marker, color=colour, markerfacecolor=face, markersize=5, label=name)
-            axes[1].plot(found[f"deviation, {scope}"][0], offset - index, marker, color=colour, markersize=5)
+            deviation = found[f"deviation, {scope}"][0]
+            axes[1].plot(deviation or np.nan, offset - index, marker, color=colour, markersize=5)
+        if not found["deviation, network"][0]:
+            axes[1].annotate("0", (0.01, -index), xycoords=("axes fraction", "data"), va="center", color=GREY)
     axes[0].set_yticks([-index for index in range(len(rows))], list(rows))
     for ax in axes:
         ax.set(xscale="log", ylim=(-len(rows) + 0.4, 0.6))

@@ -93,14 +93,12 @@ def fill_summary(records: Sequence[Record]) -> list[dict[str, Any]]:
             "method": method,
             "skipped count as zero": over_runs(group, ratio),
             "filled in afterwards": over_runs(group, lambda r: r["filled_accuracy"] / r["target_accuracy"]),
-            "filled in from the start": "",
         }
         for method, group in methods.items()
         if all("filled_accuracy" in record.result for record in group)
     ]
-    for row in rows:
-        if row["method"] == WARM and (start := by_method(records, "compensation").get(FILLED)):
-            row["filled in from the start"] = over_runs(start, ratio)
+    if start := by_method(records, "compensation").get(FILLED):
+        rows = [{**row, "from the start": over_runs(start, ratio) if row["method"] == WARM else ""} for row in rows]
     return rows
 
 
@@ -135,10 +133,16 @@ def front(records: Sequence[Record], methods: Sequence[str], cost: str) -> dict[
     for method in methods:
         runs = by_method(records, "best", "estimators", "fronts", tau=None).get(method, [])
         runs = [record for record in runs if record.spec.settings["policy_seed"] == 0]
-        taus = sorted({record.spec.settings["tau"] for record in runs})
-        if not taus:
+        by_tau: dict[float, dict[int, Any]] = {
+            r.spec.settings["tau"]: {} for r in sorted(runs, key=lambda r: r.spec.settings["tau"])
+        }
+        for record in runs:
+            by_tau[record.spec.settings["tau"]][record.spec.settings["target_seed"]] = record.result
+        # Targets that were measured at every sparsity target, so that a line goes through the same ones all along.
+        seeds = set.intersection(*(set(row) for row in by_tau.values())) if by_tau else set()
+        if not seeds:
             continue
-        rows = [[r.result for r in runs if r.spec.settings["tau"] == tau] for tau in taus]
+        rows = [[row[seed] for seed in sorted(seeds)] for row in by_tau.values()]
         found[method] = (
             np.array([[result[cost] for result in row] for row in rows]),
             np.array([[result["accuracy_ratio"] for result in row] for row in rows]),
@@ -195,7 +199,8 @@ def variants_summary(records: Sequence[Record]) -> list[dict[str, Any]]:
     base = by_method(records, "best", "estimators")
     first = {m: [r for r in base[m] if r.spec.settings["policy_seed"] == 0] for m in (BASE, WARM) if m in base}
     found = {f"{BASE}, rate loss": first.get(BASE, [])} | by_method(records, "regularisers")
-    found[f"{WARM}, {first[WARM][0].spec.settings['groups']} groups"] = first[WARM]
+    for record in first.get(WARM, [])[:1]:
+        found[f"{WARM}, {record.spec.settings['groups']} groups"] = first[WARM]
     for count in sorted({r.spec.settings["groups"] for r in records if r.spec.settings["part"] == "groups"}):
         found |= {f"{m}, {count} groups": g for m, g in by_method(records, "groups", groups=count).items()}
     return [
@@ -240,18 +245,19 @@ def claims(records: Sequence[Record]) -> list[Claim]:
     best = by_method(records, "best")
     found = _main(best, by_method(records, "dense"))
     rivals = by_method(records, "estimators") | best
+    base = rivals.get(BASE, [])
     for method, group in rivals.items():
         end = method.lower().replace(", ", ".").replace(" ", "-")
         if method not in (BASE, TUNED):
             statement = f"25% active: {method} keeps more than REINFORCE"
-            found += _gain(f"policies.reinforce.{end}", statement, group, rivals[BASE])
+            found += _gain(f"policies.reinforce.{end}", statement, group, base)
         statement = f"25% active: {method} beats the control of equal compute"
         interval = over_runs(group, lambda r: r["accuracy_ratio"] - r["control_ratio"])
         found.append(judge(f"policies.control.{end}", "ours", statement, interval, above=0.0))
     for method, group in by_method(records, "regularisers").items():
         end = method.lower().replace(", ", ".").replace(" ", "-").replace("+", "").replace("--", "-")
         statement = f"25% active: {method.removeprefix('REINFORCE, ')} for sparsity keeps more than the rate loss"
-        found += _gain(f"policies.sparsity.{end}", statement, group, rivals[BASE])
+        found += _gain(f"policies.sparsity.{end}", statement, group, base)
     for tau in sorted({record.spec.settings["tau"] for record in records if record.spec.settings["part"] == "fronts"}):
         for method, group in by_method(records, "fronts", tau=tau).items():
             end = method.lower().replace(", ", ".").replace(" ", "-")
@@ -259,14 +265,15 @@ def claims(records: Sequence[Record]) -> list[Claim]:
             statement = f"{tau:.0%} active: {method} beats the control of equal compute"
             found.append(judge(f"policies.front.{end}.{tau:g}", "ours", statement, interval, above=0.0))
     statement = "25% active: mean contributions of skipped groups, from the start, keep more than zeros"
-    found += _gain("policies.filled", statement, by_method(records, "compensation").get(FILLED, []), best[WARM])
+    found += _gain("policies.filled", statement, by_method(records, "compensation").get(FILLED, []), best.get(WARM, []))
     return found
 
 
 def _main(best: Mapping[str, Sequence[Record]], dense: Mapping[str, Sequence[Record]]) -> list[Claim]:
     found = []
     for method, end, level in ((WARM, "frozen", 0.97), (TUNED, "tuned", 1.0)):
-        group = best[method]
+        if not (group := best.get(method)):
+            continue
         kept = f"25% active: {method} keeps more than {level:.2f} of the best dense target's accuracy"
         found.append(judge(f"policies.{end}.ratio", "ours", kept, over_runs(group, ratio), above=level))
         off = over_runs(group, lambda r: abs(r["activity"] - 0.25))
@@ -282,10 +289,12 @@ def _main(best: Mapping[str, Sequence[Record]], dense: Mapping[str, Sequence[Rec
                 below=0.27,
             )
         )
-    moved = over_runs(best[TUNED], lambda r: r["accuracy_ratio"] - r["moved_control_ratio"])
+    if not (tuned := best.get(TUNED)):
+        return found
+    moved = over_runs(tuned, lambda r: r["accuracy_ratio"] - r["moved_control_ratio"])
     statement = "fine-tuned: beats the control that was distilled on moved pictures, too"
     found.append(judge("policies.tuned.moved", "ours", statement, moved, above=0.0))
-    first = [record for record in best[TUNED] if record.spec.settings["policy_seed"] == 0]
+    first = [record for record in tuned if record.spec.settings["policy_seed"] == 0]
     return found + _gain(
         "policies.tuned.dense", "fine-tuned: keeps more than the target fine-tuned for as long", first,
         dense.get(DENSE, []),
