@@ -95,7 +95,7 @@ def compute(spec: RunSpec, artefacts: RunStore) -> Outcome:
 
 
 def combined(records: Sequence[Record]) -> dict[str, float]:
-    """For each estimator the p-value of no bias in any scope: the scopes' own combined by Fisher's method, because among
+    """For each estimator the p-value of no bias in any scope, both scopes' combined by Fisher's method: among
     many tests one or the other rejects by chance."""
     found: dict[str, list[float]] = {}
     for record in records:
