@@ -130,7 +130,7 @@ for name, estimator in (
 #
 # A mask is decided once per example, so nothing is bootstrapped (DPG's usual slowly copied networks are not needed).
 # Exploration noise, the replay buffer and the critic's one hidden layer are ours; whether $M$ stands for probabilities or
-# bits the text leaves open, so both are run: *DPG, bits* shows the critic the drawn bits, on which the loss really depends.
+# bits the text leaves open, so both are tried: *DPG, bits* shows the critic the drawn bits, on which the loss really depends.
 #
 # ## Bias and variance
 #
@@ -277,9 +277,7 @@ for name, weight in weights.items():
 # costly first layer than keeps compute below 0.27, policy included:
 
 # %%
-records = studies.records("policies", profile, partial=True)
-lacking = len(studies.missing("policies", profile)) if profile == "paper" else 0
-print(f"runs of this study that are still to come: {lacking}")
+records = studies.records("policies", profile)
 asked = ", ".join(f"{rate:.0%}" for rate in records[0].spec.settings["rates"])
 print(f"neurons to evaluate in each layer: {asked}")
 
@@ -375,9 +373,9 @@ tables.save_table(table, "policies_fronts_table", records, profile)
 display(Markdown(tables.markdown(table)))
 
 # %% [markdown]
-# ## Other regularisers, other groups
+# ## Other regularisers
 #
-# REINFORCE once more, with other terms in place of the rate loss, and the warm start with fewer groups:
+# REINFORCE once more, with other terms in place of the rate loss (one weight each, not tuned):
 
 # %% tags=["nbval-check-output"]
 table = tables.frame(policy_results.variants_summary(records))
@@ -404,8 +402,7 @@ with torch.no_grad():
 print("by hand the same scores:", torch.allclose(by_hand, found.scores, atol=1e-4))
 
 # %% [markdown]
-# At paper scale, for policies that learned with zeros: filled in afterwards, thresholds calibrated again
-# (ratios). *From the start* is another policy, which learned with the means under the oracle's masks in place of zeros.
+# At paper scale, for policies that learned with zeros: filled in afterwards, thresholds calibrated again (ratios).
 
 # %% tags=["nbval-check-output"]
 table = tables.frame(policy_results.fill_summary(records))
@@ -420,7 +417,7 @@ display(Markdown(tables.markdown(table)))
 # 25%. ($\lambda_s$ was chosen for REINFORCE, aiming at 35% active, and is DPG's too, untuned.)
 
 # %%
-dpg_records = studies.records("policies-dpg", profile, partial=True)
+dpg_records = studies.records("policies-dpg", profile)
 twins = policies_dpg.twins(dpg_records)
 found = policies_dpg.series(dpg_records, twins)
 fig, axes = plt.subplots(1, len(found), figsize=(10, 2.6), sharey=True, squeeze=False)
@@ -451,7 +448,7 @@ display(Markdown(tables.markdown(table)))
 # error about 1.5 points); *learned* is the warm start, as many groups for every digit.
 
 # %%
-searched = studies.records("policies-search", profile, partial=True)
+searched = studies.records("policies-search", profile)
 table = tables.frame(policies_search.table(searched))
 tables.save_table(table, "policies_search_table", searched, profile)
 display(Markdown(tables.markdown(table)))

@@ -27,7 +27,7 @@ KINDS: dict[str, tuple[Kind, ...]] = {
 }
 # Ways to learn and policy seeds, in the order of the runs. REINFORCE itself is the study `partitioning`: same settings,
 # seeds, partitions and first weights, so that runs are paired.
-LEARNED = (("dpg", 0), ("dpg-bits", 0), ("dpg", 1))
+LEARNED = (("dpg", 0),)
 
 
 def specs(profile: str) -> list[RunSpec]:

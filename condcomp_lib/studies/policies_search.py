@@ -16,12 +16,11 @@ from condcomp_lib.policy_training import train_policy
 from condcomp_lib.runs import Outcome, Record, RunSpec, RunStore
 from condcomp_lib.studies import policies, policy_results
 from condcomp_lib.studies.lazy_results import Kind, kind_id, kind_of, label
-from condcomp_lib.studies.partitioning import PLAIN
 
 RECIPE = 1
 KINDS: dict[str, tuple[Kind, ...]] = {
     "quick": (("digits", "2x64", "dropout-uniform", 0.3, "none"),),
-    "paper": (policies.BEST, PLAIN),
+    "paper": (policies.BEST,),
 }
 TARGETS = {"quick": 1, "paper": 3}
 EXAMPLES, GROUPS = {"quick": 40, "paper": 500}, {"quick": 8, "paper": 16}

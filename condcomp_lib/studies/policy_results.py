@@ -195,14 +195,9 @@ def front_summary(records: Sequence[Record], methods: Sequence[str]) -> list[dic
 
 
 def variants_summary(records: Sequence[Record]) -> list[dict[str, Any]]:
-    """Other sparsity losses and other numbers of groups beside what they replace; as in `summary`."""
-    base = by_method(records, "best", "estimators")
-    first = {m: [r for r in base[m] if r.spec.settings["policy_seed"] == 0] for m in (BASE, WARM) if m in base}
-    found = {f"{BASE}, rate loss": first.get(BASE, [])} | by_method(records, "regularisers")
-    for record in first.get(WARM, [])[:1]:
-        found[f"{WARM}, {record.spec.settings['groups']} groups"] = first[WARM]
-    for count in sorted({r.spec.settings["groups"] for r in records if r.spec.settings["part"] == "groups"}):
-        found |= {f"{m}, {count} groups": g for m, g in by_method(records, "groups", groups=count).items()}
+    """Other sparsity losses beside the rate loss; as in `summary`, first policy seed."""
+    base = [r for r in by_method(records, "estimators").get(BASE, []) if r.spec.settings["policy_seed"] == 0]
+    found = {f"{BASE}, rate loss": base} | by_method(records, "regularisers")
     return [
         {
             "method": method,
