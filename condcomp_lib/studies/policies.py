@@ -59,7 +59,8 @@ ESTIMATORS: dict[str, dict[str, Any]] = {
     "regression": {"estimator": "regression"},
     "cross-entropy": {"estimator": "cross-entropy"},
 }
-ONCE = (
+# Methods without a second policy seed.
+ONCE = ("REINFORCE, normalised", "regression", "threshold-through", "threshold-through, 8 epochs", TUNED)
     "REINFORCE, normalised",
     "regression",
     "threshold-through",
