@@ -61,12 +61,6 @@ ESTIMATORS: dict[str, dict[str, Any]] = {
 }
 # Methods without a second policy seed.
 ONCE = ("REINFORCE, normalised", "regression", "threshold-through", "threshold-through, 8 epochs", TUNED)
-    "REINFORCE, normalised",
-    "regression",
-    "threshold-through",
-    "threshold-through, 8 epochs",
-    TUNED,
-)  # without a second policy seed
 # Two epochs of cross-entropy to the oracle's groups, then six of threshold-through.
 WARM_START: dict[str, Any] = {"estimator": "threshold-through", "warm_start": 2, "epochs": 6}
 TUNE_EPOCHS = {"digits": 8, "svhn": 12}
