@@ -139,7 +139,7 @@ def finding(records: Sequence[Record], paired: Sequence[Record]) -> str:
 
 def promises(records: Sequence[Record]) -> dict[str, Sequence[Record]]:
     """Figures and tables of notebook 02 that are made from this study."""
-    return dict.fromkeys(("policies_dpg", "policies_dpg_table"), records)
+    return dict.fromkeys(("policies_dpg", "policies_dpg_table"), [*records, *twins(records)])
 
 
 STUDY = studies.Study(
