@@ -139,7 +139,8 @@ def finding(records: Sequence[Record], paired: Sequence[Record]) -> str:
 
 def promises(records: Sequence[Record]) -> dict[str, Sequence[Record]]:
     """Figures and tables of notebook 02 that are made from this study."""
-    return dict.fromkeys(("policies_dpg", "policies_dpg_table"), [*records, *twins(records)])
+    both = [*records, *twins(records)]
+    return {"policies_dpg": both, "policies_dpg_table": both}
 
 
 STUDY = studies.Study(
