@@ -60,7 +60,7 @@ ESTIMATORS: dict[str, dict[str, Any]] = {
     "cross-entropy": {"estimator": "cross-entropy"},
 }
 # Methods without a second policy seed.
-ONCE = ("REINFORCE, normalised", "regression", "threshold-through", "threshold-through, 8 epochs", TUNED)
+ONCE = ("REINFORCE, normalised", "regression", "threshold-through", "threshold-through, 8 epochs")
 # Two epochs of cross-entropy to the oracle's groups, then six of threshold-through.
 WARM_START: dict[str, Any] = {"estimator": "threshold-through", "warm_start": 2, "epochs": 6}
 TUNE_EPOCHS = {"digits": 8, "svhn": 12}
@@ -71,10 +71,12 @@ SHIFT = {"digits": 1, "svhn": 2}  # pixels by which pictures are moved while wei
 REGULARISERS: dict[str, dict[str, Any]] = {
     "L_b + L_e": {"sparsity": "text", "lambda_s": 0.05},
     "L_b + L_e + L_v": {"sparsity": "text", "lambda_s": 0.05, "lambda_v": 0.05},
+    "squared L_b + L_e": {"sparsity": "code", "lambda_s": 1.0},
     "KL to base rate": {"sparsity": "kl", "lambda_s": 0.01},
     "computation": {"lambda_s": 0.0, "computation": 4.0},
 }
 COMPENSATED = (WARM, TUNED, "straight-through", "cross-entropy", "REINFORCE")  # also measured with means filled in
+FEWER = {"quick": (8,), "paper": (16, 50)}  # groups a layer
 FRONT = (0.05, 0.1, 0.5)
 FRONT_METHODS = (WARM, "threshold-through", "cross-entropy")  # the three that keep most of the frozen target
 
@@ -95,9 +97,10 @@ def methods(profile: str) -> dict[str, list[tuple[str, float, int, dict[str, Any
     parts["regularisers"] = [
         (f"REINFORCE, {name}", TAU, groups, {"estimator": "reinforce", **own}) for name, own in REGULARISERS.items()
     ]
+    # Skipped groups count as their mean from the start: that of the examples for which the oracle skips them.
+    parts["compensation"] = [(FILLED, TAU, groups, warm)]
+    parts["groups"] = [(f"{WARM}, {fewer} groups", TAU, fewer, warm) for fewer in FEWER[profile]]
     if profile == "quick":
-        # Skipped groups count as their mean from the start: that of the examples for which the oracle skips them.
-        parts["compensation"] = [(FILLED, TAU, groups, warm)]
         parts["estimators"] = [run for run in parts["estimators"] if run[0] in ("REINFORCE", "DPG", "straight-through")]
         parts["fronts"] = [run for run in parts["fronts"] if run[0] == WARM]
         parts["regularisers"] = parts["regularisers"][:1]

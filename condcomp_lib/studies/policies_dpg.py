@@ -25,21 +25,18 @@ KINDS: dict[str, tuple[Kind, ...]] = {
     "quick": (("digits", "2x64", "dropout-uniform", 0.3, "activity"),),
     "paper": (PLAIN, HALF, PAPER),
 }
-# Ways to learn and policy seeds, in the order of the runs. REINFORCE itself is the study `partitioning`: same settings,
-# seeds, partitions and first weights, so that runs are paired.
-LEARNED = (("dpg", 0),)
+# REINFORCE itself is the study `partitioning`: same settings, seeds, partitions and first weights, so that runs are
+# paired. One policy seed of each target.
+LEARNED = ("dpg", "dpg-bits")
 
 
 def specs(profile: str) -> list[RunSpec]:
     """One run per kind, estimator and seeds, each the twin of a run of the study `partitioning`."""
     found = []
     twins = [spec.settings for spec in partitioning.specs(profile) if spec.settings["activity_asked"] == TAU]
-    kinds = {kind[:-1]: kind for kind in KINDS[profile]}
-    for (estimator, policy_seed), twin in itertools.product(LEARNED, twins):
-        fields = ("dataset", "architecture", "pretraining", "dropout_eps", "rescale")
-        if tuple(twin[field] for field in fields) != kinds.get(tuple(twin[field] for field in fields[:-1])):
-            continue
-        if twin["policy_seed"] != policy_seed:
+    fields = ("dataset", "architecture", "pretraining", "dropout_eps", "rescale")
+    for estimator, twin in itertools.product(LEARNED, twins):
+        if tuple(twin[field] for field in fields) not in KINDS[profile] or twin["policy_seed"] != 0:
             continue
         own = {key: value for key, value in twin.items() if key not in ("baseline", "control")}
         learned = policy_plan(estimator=estimator, lambda_s=twin["lambda_s"], **partitioning.POLICY[twin["dataset"]])

@@ -20,18 +20,14 @@ def no_answers(records: Sequence[Record]) -> list[Answer]:  # noqa: ARG001
     return []
 
 
-def by_method(
-    records: Iterable[Record], *parts: str, tau: float | None = 0.25, groups: int | None = None
-) -> dict[str, list[Record]]:
+def by_method(records: Iterable[Record], *parts: str, tau: float | None = 0.25) -> dict[str, list[Record]]:
     """The records of each method in these parts of the run table (all of them if none is named), with this sparsity
-    target (None: any) and number of groups (None: that of the first record)."""
+    target (None: any)."""
     found: dict[str, list[Record]] = {}
     for record in records:
         settings = record.spec.settings
-        groups = groups or settings["groups"]
-        if (parts and settings["part"] not in parts) or settings["groups"] != groups:
-            continue
-        if tau is None or settings["tau"] == tau or settings["method"] == DENSE:
+        asked = not parts or settings["part"] in parts
+        if asked and (tau is None or settings["tau"] == tau or settings["method"] == DENSE):
             found.setdefault(settings["method"], []).append(record)
     return found
 
