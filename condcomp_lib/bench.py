@@ -85,7 +85,8 @@ def estimators(repeats: int) -> dict[str, Any]:
     """Seconds for one epoch of policy training by each estimator, as in `training` (first layer cached), interleaved:
     medians, and the median, least and most of the ratios to REINFORCE's epoch of the same turn.
 
-    Supervised routers need groups within layers, so the 16 groups are cut layer by layer for all.
+    "one_gate": the two that *partitions* compares, in its setting, one gate for groups that span the layers; the rest
+    is with 16 groups in each layer, which the regression needs.
     """
     data, generator = datasets.load("svhn"), torch.Generator().manual_seed(0)
     target = MLP(data.train.x.shape[1], (800, 800, 800), data.classes, generator=generator)

@@ -2,7 +2,6 @@
 computation, and the search over every example's masks. References that compute more than the target, no bounds."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,7 +10,7 @@ from torch.nn.functional import kl_div, log_softmax
 from condcomp_lib.errors import UsageError
 from condcomp_lib.lazy import LazyNetwork
 from condcomp_lib.partitions import Partition
-from condcomp_lib.policies import Policy, Pool
+from condcomp_lib.policies import Given, Policy, Pool, check_counts
 from condcomp_lib.targets import MLP
 
 TINY = 1e-12  # the logarithm of a group without a contribution stays finite
@@ -72,17 +71,6 @@ class Oracle(Policy):
         return [(rows, above[:, rows].T @ above[:, rows]) for rows in members]
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """Given bits for every example (bool, examples x bits)."""
-
-    mask: Tensor
-    groups: int
-
-    def __call__(self, logits: Tensor, gate: int) -> Tensor:  # noqa: ARG002
-        return self.mask[:, gate * self.groups : (gate + 1) * self.groups]
-
-
 class MaskSearch:
     """Search over the masks of every single example, a structured baseline that *retrospective* misses.
 
@@ -96,9 +84,7 @@ class MaskSearch:
     """
 
     def __init__(self, lazy: LazyNetwork, counts: Sequence[int], batch: int = 4096) -> None:
-        groups, gates = lazy.partition.groups, len(lazy.policy.gates)
-        if len(counts) != gates or not all(1 <= count <= groups for count in counts):
-            raise UsageError(f"give the groups to evaluate of each of {gates} gates, 1 to {groups}, not {list(counts)}")
+        check_counts(counts, len(lazy.policy.gates), lazy.partition.groups)
         if lazy.policy.always_on:
             raise UsageError("a search needs a policy without an always-on group")
         self.lazy, self.counts, self.batch = lazy, tuple(counts), batch
@@ -112,7 +98,7 @@ class MaskSearch:
         each, found = max(1, self.batch // masks.shape[1]), []
         for rows in torch.arange(len(x)).split(each):
             again = rows.repeat_interleave(masks.shape[1])
-            decision = _Rows(masks[rows].flatten(0, 1), self.lazy.partition.groups)
+            decision = Given(masks[rows].flatten(0, 1))
             scores = self.lazy.evaluate(x[again], first[again], decision).scores
             divergence = kl_div(log_softmax(scores, 1), wanted[again], reduction="none", log_target=True).sum(1)
             found.append(divergence.view(len(rows), -1))
@@ -121,7 +107,7 @@ class MaskSearch:
     @torch.inference_mode()
     def scores(self, x: Tensor, mask: Tensor) -> Tensor:
         """The lazy network's scores (float32, examples x classes) under `mask` (bool, examples x bits)."""
-        return self.lazy.evaluate(x, None, _Rows(mask, self.lazy.partition.groups)).scores
+        return self.lazy.evaluate(x, None, Given(mask)).scores
 
     def greedy(self, x: Tensor) -> Tensor:
         """Masks (bool, examples x bits) of `x` (float32, examples x features) found by leaving groups out."""
@@ -130,18 +116,17 @@ class MaskSearch:
         for _ in range(self.lazy.partition.bits - sum(self.counts)):
             # A group may go while its gate has more than it is asked for; every example has equally many left.
             left = mask.view(len(x), -1, groups).sum(2, keepdim=True) > torch.tensor(self.counts)[:, None]
-            open_bits = (mask.view(len(x), -1, groups) & left).flatten(1)
-            candidates = open_bits.nonzero()[:, 1].view(len(x), -1) if _even(open_bits) else None
-            mask = self._without(x, mask, open_bits, candidates)
+            mask = self._without(x, mask, (mask.view(len(x), -1, groups) & left).flatten(1))
         return mask
 
-    def _without(self, x: Tensor, mask: Tensor, open_bits: Tensor, candidates: Tensor | None) -> Tensor:
-        """Each example's mask without the group that is missed least among its candidates."""
-        if candidates is None:  # examples differ in how many may go: try all bits, count only those
-            candidates = torch.arange(mask.shape[1]).expand(len(x), -1)
+    def _without(self, x: Tensor, mask: Tensor, may_go: Tensor) -> Tensor:
+        """Each example's mask without the group that is missed least among those that may go."""
+        # Examples differ in how many may; those with fewer try others, too, and their distances do not count.
+        most = int(may_go.sum(1).max())
+        candidates = may_go.int().argsort(dim=1, descending=True, stable=True)[:, :most]
         tried = mask[:, None].repeat(1, candidates.shape[1], 1)
         tried.scatter_(2, candidates[:, :, None], False)
-        distances = self.distances(x, tried).masked_fill(~open_bits.gather(1, candidates), torch.inf)
+        distances = self.distances(x, tried).masked_fill(~may_go.gather(1, candidates), torch.inf)
         gone = candidates.gather(1, distances.argmin(1, keepdim=True))
         return mask.scatter(1, gone, False)
 
@@ -172,9 +157,3 @@ class MaskSearch:
             if mask.equal(before):
                 break
         return mask
-
-
-def _even(bits: Tensor) -> bool:
-    """Whether every example has equally many bits set."""
-    counts = bits.sum(1)
-    return bool((counts == counts[0]).all())

@@ -259,17 +259,19 @@ def ladder(lines: Mapping[str, tuple[Sequence[int], np.ndarray]], ax: Axes | Non
     return ax
 
 
-def estimator_errors(rows: Mapping[str, Mapping[str, tuple[float, float]]], axes: Sequence[Axes]) -> Sequence[Axes]:
+def estimator_errors(
+    rows: Mapping[str, Mapping[str, tuple[float, float]]], axes: Sequence[Axes], level: float
+) -> Sequence[Axes]:
     """Bias and standard deviation of each estimator, first on top, in parts of the exact gradient's length.
 
     `rows` maps an estimator to its (bias, p-value of none) by scope and, as "deviation, ...", to (standard deviation,
-    unused); `axes` two, for bias and deviation. Hollow marks: no bias can be told at 1%.
+    unused); `axes` two, for bias and deviation. Hollow marks: no bias can be told at `level`.
     """
     looks = {"network": (BLUE, "o", 0.12, "one gate, reads X"), "layer": (VERMILION, "s", -0.12, "a gate a layer")}
     for index, found in enumerate(rows.values()):
         for scope, (colour, marker, offset, label) in looks.items():
             bias, p_value = found[scope]
-            face = "white" if p_value > 0.01 else colour
+            face = "white" if p_value > level else colour
             name = None if index else label
             axes[0].plot(bias, offset - index, marker, color=colour, markerfacecolor=face, markersize=5, label=name)
             deviation = found[f"deviation, {scope}"][0]

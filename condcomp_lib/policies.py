@@ -168,6 +168,18 @@ class Budget:
         return torch.zeros_like(logits, dtype=torch.bool).scatter_(1, chosen, True)
 
 
+@dataclass(frozen=True)
+class Given:
+    """Bits that are known already: `mask` (bool, examples x bits), or one row for every example."""
+
+    mask: Tensor
+
+    def __call__(self, logits: Tensor, gate: int) -> Tensor:
+        """See `Decision`; of the logits only the shape matters."""
+        groups = logits.shape[1]
+        return self.mask[:, gate * groups : (gate + 1) * groups].expand(len(logits), -1)
+
+
 def asked_by_gate(activity: float | Sequence[float], gates: int) -> tuple[float, ...]:
     """The asked activity for each gate, from one share for all or one for each; every share in (0, 1]."""
     asked = tuple(activity) if isinstance(activity, Sequence) else (activity,) * gates
@@ -177,6 +189,12 @@ def asked_by_gate(activity: float | Sequence[float], gates: int) -> tuple[float,
         if not 0 < share <= 1:
             raise UsageError(f"activity must be in (0, 1], not {share}")
     return asked
+
+
+def check_counts(counts: Sequence[int], gates: int, groups: int) -> None:
+    """Raises UsageError unless `counts` asks each gate for 1 to `groups` groups."""
+    if len(counts) != gates or not all(1 <= count <= groups for count in counts):
+        raise UsageError(f"each of {gates} gates must be asked for 1 to {groups} groups, not for {list(counts)}")
 
 
 def level_for(logits: Tensor, sizes: Tensor, activity: float) -> float:

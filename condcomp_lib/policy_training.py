@@ -159,7 +159,6 @@ def train_policy(
     generator: torch.Generator,
     *,
     first: Tensor | None = None,
-    wanted: Tensor | None = None,
     cache_bytes: int = CACHE_BYTES,
     progress: str | None = None,
 ) -> PolicyCurve:
@@ -172,16 +171,15 @@ def train_policy(
     pre-activations are computed once where they fit into `cache_bytes`; with `finetune` its weights are trained, too.
 
     Arguments: `settings` as from `policy_plan`; `generator` shuffles (masks are drawn by the lazy network's decision
-    where it samples); `first` those pre-activations of the training data where known already, as from `first_layer`,
-    and `wanted` the target's scores of it (float32, examples x classes).
+    where it samples); `first` those pre-activations of the training data where known already, as from `first_layer`.
     """
     check_learnable(lazy, min(len(data.train), settings.get("epoch_examples", len(data.train))), settings)
     if not settings.get("warm_start"):
-        return _Training(lazy, data, settings, generator, first, wanted, cache_bytes).run(progress)
+        return _Training(lazy, data, settings, generator, first, None, cache_bytes).run(progress)
     before = {**settings, "estimator": "cross-entropy", "max_epochs": settings["warm_start"], "options": {}}
     without = ("finetune", "warm_start", "computation", "controller")
     warm = _Training(lazy, data, {key: value for key, value in before.items() if key not in without}, generator,
-                     first, wanted, cache_bytes)  # fmt: skip
+                     first, None, cache_bytes)  # fmt: skip
     curve = warm.run(progress)
     after = _Training(lazy, data, settings, generator, warm.first, warm.wanted, cache_bytes).run(progress)
     return PolicyCurve(curve.accuracy + after.accuracy, curve.activity + after.activity)

@@ -143,7 +143,7 @@ for name, estimator in (
 # %%
 bias_records = studies.records("policies-bias", profile)
 fig, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
-plots.estimator_errors(policies_bias.errors(bias_records), axes)
+plots.estimator_errors(policies_bias.errors(bias_records), axes, policies_bias.LEVEL)
 fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
 plots.save_figure(fig, "policies_bias", bias_records, profile)
 plt.show()
@@ -324,6 +324,16 @@ tables.save_table(table, "policies_estimators_table", records, profile)
 display(Markdown(tables.markdown(table)))
 
 # %% [markdown]
+# The warm start on layers cut into fewer groups (same neurons, same rates; first policy seed):
+
+# %% tags=["nbval-check-output"]
+table = tables.frame(
+    policy_results.variants_summary(records, "warm start", "warm start, all groups", "groups")
+)
+tables.save_table(table, "policies_groups_table", records, profile)
+display(Markdown(tables.markdown(table)))
+
+# %% [markdown]
 # The papers draw the bits at inference, too. Twenty draws of the first 2,000 test digits, beside the threshold on the same
 # digits. Drawn masks keep the activity of the probabilities, and only the estimators that sample have learned to be drawn.
 
@@ -378,7 +388,11 @@ display(Markdown(tables.markdown(table)))
 # REINFORCE once more, with other terms in place of the rate loss (one weight each, not tuned):
 
 # %% tags=["nbval-check-output"]
-table = tables.frame(policy_results.variants_summary(records))
+table = tables.frame(
+    policy_results.variants_summary(
+        records, "REINFORCE", "REINFORCE, rate loss", "regularisers"
+    )
+)
 tables.save_table(table, "policies_sparsity_table", records, profile)
 display(Markdown(tables.markdown(table)))
 
@@ -402,7 +416,8 @@ with torch.no_grad():
 print("by hand the same scores:", torch.allclose(by_hand, found.scores, atol=1e-4))
 
 # %% [markdown]
-# At paper scale, for policies that learned with zeros: filled in afterwards, thresholds calibrated again (ratios).
+# At paper scale (ratios): filled in after policies learned with zeros, thresholds calibrated again; and, for the warm start,
+# from the start, with the means over the examples for which the oracle skips a group.
 
 # %% tags=["nbval-check-output"]
 table = tables.frame(policy_results.fill_summary(records))

@@ -403,7 +403,7 @@ def test_the_searchs_scores_are_the_lazy_networks_under_the_mask(scope):
 def test_counts_that_the_gates_do_not_have_are_refused(scope, counts):
     hidden, groups, asked = TINY[scope]
     lazy = lazy_network(scope, hidden=hidden, groups=groups)
-    said = f"give the groups to evaluate of each of {len(asked)} gates, 1 to {groups}, not {list(counts)}"
+    said = f"each of {len(asked)} gates must be asked for 1 to {groups} groups, not for {list(counts)}"
     with pytest.raises(UsageError, match=f"^{re.escape(said)}$"):
         MaskSearch(lazy, counts)
 

@@ -401,9 +401,7 @@ REFUSED = {
         minibatch("layer"), seeded()
     ),
     **{
-        f"a router must be asked for 1 to 2 groups of each of 2 gates, not for {asked}": functools.partial(
-            router, asked
-        )
+        f"each of 2 gates must be asked for 1 to 2 groups, not for {asked}": functools.partial(router, asked)
         for asked in ([3, 1], [0, 1], [1], [1, 1, 1])
     },
     "the temperature must be a number above 0, not 0": lambda: GumbelSigmoid(seeded(), 0),

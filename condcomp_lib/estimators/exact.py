@@ -10,21 +10,10 @@ from torch import Tensor
 
 from condcomp_lib.errors import UsageError
 from condcomp_lib.estimators import Estimator, Minibatch, log_probability
+from condcomp_lib.policies import Given
 
 MOST_BITS = 12
 RANK_TOLERANCE = 1e-6  # directions that vary less than this share of the widest one are taken as not varying
-
-
-@dataclass(frozen=True)
-class _Given:
-    """The same bits for every example, gate by gate."""
-
-    mask: Tensor
-    groups: int
-
-    def __call__(self, logits: Tensor, gate: int) -> Tensor:
-        bits = self.mask[gate * self.groups : (gate + 1) * self.groups]
-        return bits.expand(len(logits), -1)
 
 
 def exact_cost(minibatch: Minibatch) -> Tensor:
@@ -39,7 +28,7 @@ def exact_cost(minibatch: Minibatch) -> Tensor:
         raise UsageError(f"every mask of {partition.bits} bits cannot be tried; at most {MOST_BITS} bits")
     total = torch.zeros(())
     for bits in itertools.product((False, True), repeat=partition.bits):
-        costs, found = minibatch.under(_Given(torch.tensor(bits), partition.groups))
+        costs, found = minibatch.under(Given(torch.tensor([bits])))
         total = total + (log_probability(found.logits, found.mask).exp() * costs.detach()).mean()
     return total
 

@@ -9,7 +9,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from condcomp_lib.errors import UsageError, unknown
 from condcomp_lib.estimators import Estimate, Minibatch
 from condcomp_lib.oracle import Oracle
-from condcomp_lib.policies import Budget, asked_by_gate
+from condcomp_lib.policies import Budget, asked_by_gate, check_counts
 
 KINDS = ("regression", "cross-entropy")
 
@@ -38,9 +38,7 @@ class Supervised:
     def of(cls, oracle: Oracle, counts: Sequence[int], kind: str = "cross-entropy") -> "Supervised":
         """The same for so many groups of each gate."""
         groups, gates = oracle.partition.groups, len(oracle.gates)
-        if len(counts) != gates or not all(1 <= count <= groups for count in counts):
-            raise UsageError(f"a router must be asked for 1 to {groups} groups of each of {gates} gates, "
-                             f"not for {list(counts)}")  # fmt: skip
+        check_counts(counts, gates, groups)
         return cls(oracle, asked_by_gate([count / groups for count in counts], gates), kind)
 
     def __call__(self, minibatch: Minibatch, generator: torch.Generator) -> Estimate:  # noqa: ARG002 (draws nothing)

@@ -6,14 +6,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from condcomp_lib import studies
 from condcomp_lib.datasets import Dataset, Split
 from condcomp_lib.lazy import LazyNetwork, calibrated, compensated, decided_by
 from condcomp_lib.oracle import Oracle
 from condcomp_lib.policies import Budget, Policy, Pool, Sample
-from condcomp_lib.policy_training import SUPERVISED, policy_plan, scores_of, train_policy
+from condcomp_lib.policy_training import SUPERVISED, policy_plan, train_policy
 from condcomp_lib.runs import Outcome, Record, RunSpec, RunStore
 from condcomp_lib.studies import policy_results, targets
 from condcomp_lib.studies.lazy_results import Kind
@@ -22,7 +21,7 @@ from condcomp_lib.studies.partitioning import TAU
 from condcomp_lib.studies.partitioning_ladder import split_of
 from condcomp_lib.studies.policy_results import DENSE, FILLED, TUNED, WARM
 from condcomp_lib.targets import MLP, hidden_widths, multiply_adds
-from condcomp_lib.training import CACHE_BYTES, control_width, first_layer, obtain_control, obtain_target
+from condcomp_lib.training import control_width, obtain_control, obtain_target
 
 RECIPE = 1
 # The pretraining whose targets have the best test accuracy among those trained.
@@ -183,8 +182,7 @@ def compute(spec: RunSpec, artefacts: RunStore) -> Outcome:
     data = studies.dataset(settings["dataset"])
     lazy, trained = untrained(settings, data, artefacts)
     shuffling = torch.Generator().manual_seed(settings["policy_seed"])
-    first, wanted = (None, None) if "finetune" in settings else known_of(lazy.target, trained.name, data)
-    curve = train_policy(lazy, data, settings, shuffling, first=first, wanted=wanted)
+    curve = train_policy(lazy, data, settings, shuffling)
     decided = calibrated(lazy, torch.from_numpy(data.valid.x), settings["rates"])
     result = measure(decided, settings, data, trained)
     spent = result.pop("multiply_adds")
@@ -205,18 +203,6 @@ def compute(spec: RunSpec, artefacts: RunStore) -> Outcome:
         result |= moved
         cited["moved_control"] = record.cite()
     return Outcome(result, None, {"note": data.note, "checksum": data.checksum}, cited)
-
-
-_known: dict[str, tuple[Tensor | None, Tensor]] = {}  # a cache of one target's numbers, by its name
-
-
-def known_of(target: MLP, name: str, data: Dataset) -> tuple[Tensor | None, Tensor]:
-    """The frozen target's first layer and scores on the training data, kept for the next run of the same target."""
-    if name not in _known:
-        _known.clear()  # they take 180 MB
-        x = torch.from_numpy(data.train.x)
-        _known[name] = (first_layer(target, x, CACHE_BYTES), scores_of(target, x))
-    return _known[name]
 
 
 def moved_control(
@@ -264,7 +250,7 @@ def filled(decided: LazyNetwork, data: Dataset, settings: Mapping[str, Any]) -> 
 def promises(records: Sequence[Record]) -> dict[str, Sequence[Record]]:
     """Figures and tables of notebook 02 that are made from this study."""
     figures = ("policies_training", "policies_ratios", "policies_fronts")
-    by = ("estimators", "sampled", "sparsity", "fill", "best", "fronts")
+    by = ("estimators", "groups", "sampled", "sparsity", "fill", "best", "fronts")
     return dict.fromkeys((*figures, *(f"policies_{name}_table" for name in by)), records)
 
 

@@ -15,7 +15,7 @@ from condcomp_lib.studies import partitioning, targets
 from condcomp_lib.studies.lazy_results import Kind, gains, kind_id, kind_of, label, over_runs
 from condcomp_lib.studies.lazy_runs import control_of, deciding, measure
 from condcomp_lib.studies.partitioning import PAPER, PLAIN, TAU
-from condcomp_lib.studies.policy_results import BASE, no_answers, optional, ratio, ratios
+from condcomp_lib.studies.policy_results import BASE, columns, no_answers, ratio, ratios
 from condcomp_lib.training import obtain_target
 
 RECIPE = 1
@@ -95,12 +95,8 @@ def summary(records: Sequence[Record], paired: Sequence[Record]) -> list[dict[st
                     "target": kind,
                     "estimator": name,
                     "runs": len(group),
-                    "ratio": over_runs(group, ratio),
                     "less REINFORCE": "" if name == BASE else gains(group, groups[BASE], ratio) or "",
-                    "blind draw": over_runs(group, lambda r: r["blind_ratio"]),
-                    "control": optional(group, lambda r: r["control_ratio"], "control_ratio"),
-                    "activity": over_runs(group, lambda r: r["activity"]),
-                    "compute": over_runs(group, lambda r: r["compute"]),
+                    **columns(group),
                 }
             )
     return rows
@@ -124,13 +120,11 @@ def finding(records: Sequence[Record], paired: Sequence[Record]) -> str:
     """DPG less REINFORCE by kind, as a Markdown list with its numbers filled in."""
     lines = []
     for kind, groups in _pairs(records, paired).items():
-        base = over_runs(groups[BASE], ratio)
-        parts = []
+        parts = [f"REINFORCE keeps {over_runs(groups[BASE], ratio).format(2)}"]
         for name in (name for name in groups if name != BASE):
             if (gain := gains(groups[name], groups[BASE], ratio)) is not None:
-                parts.append(f"{name} {gain.format(3)}")
-        said = "; ".join(parts)
-        lines.append(f"- **{kind}**, 16 random groups: REINFORCE keeps {base.format(2)}; and less it: {said}.")
+                parts.append(f"{name} differs from it by {gain.format(3)}")
+        lines.append(f"- **{kind}**, 16 random groups: {'; '.join(parts)}.")
     return "\n".join(lines)
 
 

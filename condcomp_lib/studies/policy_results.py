@@ -44,22 +44,21 @@ def optional(group: Sequence[Record], value: Callable[[Mapping[str, Any]], float
     return over_runs(having, value) if having else ""
 
 
-def summary(records: Sequence[Record], *parts: str, tau: float | None = 0.25) -> list[dict[str, Any]]:
-    """The table of methods at one sparsity target: kept accuracy beside a blind draw and the control, and the cost."""
-    rows = []
-    for method, group in by_method(records, *parts, tau=tau).items():
-        rows.append(
-            {
-                "method": method,
-                "runs": len(group),
-                "ratio": over_runs(group, ratio),
-                "blind draw": over_runs(group, lambda r: r["blind_ratio"]),
-                "control": optional(group, lambda r: r["control_ratio"], "control_ratio"),
-                "activity": over_runs(group, lambda r: r["activity"]),
-                "compute": over_runs(group, lambda r: r["compute"]),
-            }
-        )
-    return rows
+def columns(group: Sequence[Record]) -> dict[str, Any]:
+    """The columns of a table of runs: kept accuracy beside a blind draw and the control, and the cost."""
+    return {
+        "ratio": over_runs(group, ratio),
+        "blind draw": over_runs(group, lambda r: r["blind_ratio"]),
+        "control": optional(group, lambda r: r["control_ratio"], "control_ratio"),
+        "activity": over_runs(group, lambda r: r["activity"]),
+        "compute": over_runs(group, lambda r: r["compute"]),
+    }
+
+
+def summary(records: Sequence[Record], *parts: str) -> list[dict[str, Any]]:
+    """The table of methods in these parts of the run table at 25% activity."""
+    found = by_method(records, *parts).items()
+    return [{"method": method, "runs": len(group), **columns(group)} for method, group in found]
 
 
 def sampled_summary(records: Sequence[Record]) -> list[dict[str, Any]]:
@@ -98,9 +97,9 @@ def fill_summary(records: Sequence[Record]) -> list[dict[str, Any]]:
     return rows
 
 
-def series(records: Sequence[Record], *parts: str, tau: float | None = 0.25) -> dict[str, dict[str, np.ndarray]]:
-    """For each method its runs' ratios "lazy", "blind" and "control" and their "activity"."""
-    return {method: ratios(group) for method, group in by_method(records, *parts, tau=tau).items()}
+def series(records: Sequence[Record], *parts: str) -> dict[str, dict[str, np.ndarray]]:
+    """For each method at 25% activity its runs' ratios "lazy", "blind" and "control" and their "activity"."""
+    return {method: ratios(group) for method, group in by_method(records, *parts).items()}
 
 
 def ratios(group: Sequence[Record]) -> dict[str, np.ndarray]:
@@ -127,18 +126,15 @@ def front(records: Sequence[Record], methods: Sequence[str], cost: str) -> dict[
     found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     controls: list[tuple[float, float]] = []
     for method in methods:
-        runs = by_method(records, "best", "estimators", "fronts", tau=None).get(method, [])
-        runs = [record for record in runs if record.spec.settings["policy_seed"] == 0]
-        by_tau: dict[float, dict[int, Any]] = {
-            r.spec.settings["tau"]: {} for r in sorted(runs, key=lambda r: r.spec.settings["tau"])
-        }
-        for record in runs:
-            by_tau[record.spec.settings["tau"]][record.spec.settings["target_seed"]] = record.result
+        by_seed = [
+            {record.spec.settings["target_seed"]: record.result for record in group}
+            for group in _by_tau(records, method).values()
+        ]
         # Targets that were measured at every sparsity target, so that a line goes through the same ones all along.
-        seeds = set.intersection(*(set(row) for row in by_tau.values())) if by_tau else set()
+        seeds = set.intersection(*map(set, by_seed)) if by_seed else set()
         if not seeds:
             continue
-        rows = [[row[seed] for seed in sorted(seeds)] for row in by_tau.values()]
+        rows = [[row[seed] for seed in sorted(seeds)] for row in by_seed]
         found[method] = (
             np.array([[result[cost] for result in row] for row in rows]),
             np.array([[result["accuracy_ratio"] for result in row] for row in rows]),
@@ -171,42 +167,29 @@ def main_summary(records: Sequence[Record]) -> list[dict[str, Any]]:
 
 def front_summary(records: Sequence[Record], methods: Sequence[str]) -> list[dict[str, Any]]:
     """The fronts as a table: every method at every sparsity target, first policy seed."""
-    rows = []
-    for method in methods:
-        runs = by_method(records, "best", "estimators", "fronts", tau=None).get(method, [])
-        for tau in sorted({record.spec.settings["tau"] for record in runs}):
-            group = [r for r in runs if r.spec.settings["tau"] == tau and r.spec.settings["policy_seed"] == 0]
-            rows.append(
-                {
-                    "method": method,
-                    "tau": f"{tau:g}",
-                    "ratio": over_runs(group, ratio),
-                    "blind draw": over_runs(group, lambda r: r["blind_ratio"]),
-                    "control": optional(group, lambda r: r["control_ratio"], "control_ratio"),
-                    "activity": over_runs(group, lambda r: r["activity"]),
-                    "compute": over_runs(group, lambda r: r["compute"]),
-                }
-            )
-    return rows
-
-
-def variants_summary(records: Sequence[Record]) -> list[dict[str, Any]]:
-    """Other sparsity losses beside the rate loss; as in `summary`, first policy seed."""
-    base = [r for r in by_method(records, "estimators").get(BASE, []) if r.spec.settings["policy_seed"] == 0]
-    found = {f"{BASE}, rate loss": base} | by_method(records, "regularisers")
     return [
-        {
-            "method": method,
-            "runs": len(group),
-            "ratio": over_runs(group, ratio),
-            "blind draw": over_runs(group, lambda r: r["blind_ratio"]),
-            "control": over_runs(group, lambda r: r["control_ratio"]),
-            "activity": over_runs(group, lambda r: r["activity"]),
-            "compute": over_runs(group, lambda r: r["compute"]),
-        }
-        for method, group in found.items()
-        if group
+        {"method": method, "tau": f"{tau:g}", **columns(group)}
+        for method in methods
+        for tau, group in _by_tau(records, method).items()
     ]
+
+
+def _by_tau(records: Sequence[Record], method: str) -> dict[float, list[Record]]:
+    """A method's runs of the first policy seed by sparsity target, in its order."""
+    runs = by_method(records, "best", "estimators", "fronts", tau=None).get(method, [])
+    asked = sorted({record.spec.settings["tau"] for record in runs})
+    return {tau: [record for record in _first(runs) if record.spec.settings["tau"] == tau] for tau in asked}
+
+
+def _first(group: Sequence[Record]) -> list[Record]:
+    return [record for record in group if record.spec.settings["policy_seed"] == 0]
+
+
+def variants_summary(records: Sequence[Record], method: str, said: str, part: str) -> list[dict[str, Any]]:
+    """Variants of a method, a part of the run table, below that method itself, whose row is called `said`; as in
+    `summary`, first policy seed."""
+    found = {said: _first(by_method(records, "best", "estimators").get(method, []))} | by_method(records, part)
+    return [{"method": name, "runs": len(group), **columns(group)} for name, group in found.items() if group]
 
 
 def findings(records: Sequence[Record]) -> str:
@@ -255,6 +238,10 @@ def claims(records: Sequence[Record]) -> list[Claim]:
             interval = over_runs(group, lambda r: r["accuracy_ratio"] - r["control_ratio"])
             statement = f"{tau:.0%} active: {method} beats the control of equal compute"
             found.append(judge(f"policies.front.{end}.{tau:g}", "ours", statement, interval, above=0.0))
+    for group in by_method(records, "groups").values():
+        fewer, all_of_them = (runs[0].spec.settings["groups"] for runs in (group, best[WARM]))
+        statement = f"25% active: {all_of_them} groups a layer keep more than {fewer} (warm start)"
+        found += _gain(f"policies.groups.{fewer}", statement, best[WARM], group)
     statement = "25% active: mean contributions of skipped groups, from the start, keep more than zeros"
     found += _gain("policies.filled", statement, by_method(records, "compensation").get(FILLED, []), best.get(WARM, []))
     return found
@@ -285,9 +272,8 @@ def _main(best: Mapping[str, Sequence[Record]], dense: Mapping[str, Sequence[Rec
     moved = over_runs(tuned, lambda r: r["accuracy_ratio"] - r["moved_control_ratio"])
     statement = "fine-tuned: beats the control that was distilled on moved pictures, too"
     found.append(judge("policies.tuned.moved", "ours", statement, moved, above=0.0))
-    first = [record for record in tuned if record.spec.settings["policy_seed"] == 0]
     return found + _gain(
-        "policies.tuned.dense", "fine-tuned: keeps more than the target fine-tuned for as long", first,
+        "policies.tuned.dense", "fine-tuned: keeps more than the target fine-tuned for as long", _first(tuned),
         dense.get(DENSE, []),
     )  # fmt: skip
 
