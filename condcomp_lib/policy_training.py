@@ -311,18 +311,17 @@ def obtain_policy(spec: RunSpec, lazy: LazyNetwork, data: Dataset, artefacts: Ru
     """Give `lazy` the trained policy of `spec` in place, from the artefact cache or trained now; return its record.
 
     `spec.settings` holds what `policy_plan` returns, the "policy_seed" that shuffles, and whatever else made `lazy`
-    what it is: its target, partition and rescaling. Fine-tuned weights are not kept there.
+    what it is: its target, partition and rescaling. Where weights are fine-tuned, the target gets them in place, too.
     """
-    if spec.settings.get("finetune"):
-        raise UsageError("the artefact cache keeps policies, not fine-tuned weights; use train_policy")
+    learned: nn.Module = nn.ModuleList([lazy.policy, lazy.target]) if spec.settings.get("finetune") else lazy.policy
 
     def compute(wanted: RunSpec) -> Outcome:
         shuffling = torch.Generator().manual_seed(wanted.settings["policy_seed"])
         curve = train_policy(lazy, data, wanted.settings, shuffling)
-        weights = {name: np.asarray(tensor) for name, tensor in lazy.policy.state_dict().items()}
+        weights = {name: np.asarray(tensor) for name, tensor in learned.state_dict().items()}
         result = {"accuracy_curve": curve.accuracy, "activity_curve": curve.activity, "epochs": len(curve.accuracy)}
         return Outcome(result, weights, {"note": data.note, "checksum": data.checksum})
 
     record = shelf(artefacts, data).obtain(spec, compute)
-    lazy.policy.load_state_dict({name: torch.from_numpy(array) for name, array in record.arrays().items()})
+    learned.load_state_dict({name: torch.from_numpy(array) for name, array in record.arrays().items()})
     return record

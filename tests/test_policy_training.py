@@ -452,6 +452,17 @@ def test_all_others_train_a_policy_with_an_always_on_group(estimator, target, da
 # artefacts
 
 
+def test_fine_tuned_weights_come_back_from_the_cache(target, data, tmp_path):
+    settings = plan(estimator="straight-through", finetune=0.01)
+    spec = RunSpec("policies", 1, {**settings, "policy_seed": 0})
+    first, second = (lazy_net(copy.deepcopy(target)) for _ in range(2))
+    for lazy in (first, second):
+        obtain_policy(spec, lazy, data, RunStore(tmp_path))
+    assert same(first.policy, second.policy)
+    assert same(first.target, second.target)
+    assert not same(first.target, target)
+
+
 @pytest.mark.parametrize("estimator", ["disarm", "dpg", "gumbel-sigmoid", "cross-entropy"])
 def test_a_trained_policy_comes_back_from_the_cache(estimator, target, data, tmp_path):
     spec = RunSpec("policies", 1, {**plan(estimator=estimator, rates=(0.5,)), "policy_seed": 0})

@@ -12,7 +12,7 @@ from condcomp_lib.datasets import Dataset, Split
 from condcomp_lib.lazy import LazyNetwork, calibrated, compensated, decided_by
 from condcomp_lib.oracle import Oracle
 from condcomp_lib.policies import Budget, Policy, Pool, Sample
-from condcomp_lib.policy_training import SUPERVISED, policy_plan, train_policy
+from condcomp_lib.policy_training import POLICY_RECIPE, SUPERVISED, obtain_policy, policy_plan, train_policy
 from condcomp_lib.runs import Outcome, Record, RunSpec, RunStore
 from condcomp_lib.studies import policy_results, targets
 from condcomp_lib.studies.lazy_results import Kind
@@ -173,6 +173,16 @@ def untrained(settings: Mapping[str, Any], data: Dataset, artefacts: RunStore) -
         knowing = LazyNetwork(target, partition, oracle, Budget.of(settings["rates"], partition, oracle))
         fill = compensated(knowing, torch.from_numpy(data.train.x[:FILL_EXAMPLES])).fill
     return LazyNetwork(target, partition, policy, Sample(starting), settings["rescale"], fill), trained
+
+
+def learned(settings: Mapping[str, Any], data: Dataset, artefacts: RunStore) -> tuple[LazyNetwork, Record, Record]:
+    """The lazy network of these settings with its policy (and weights, where they are fine-tuned) from the artefact
+    cache, or trained now, at the asked activity; the records of its policy and target."""
+    how = ("part", "split", "decision", "decision_draws", "blind_draws", "sample_draws", "sampled_examples")
+    lazy, trained = untrained(settings, data, artefacts)
+    named = {key: value for key, value in settings.items() if key not in how}
+    policy = obtain_policy(RunSpec("policies", POLICY_RECIPE, named), lazy, data, artefacts)
+    return calibrated(lazy, torch.from_numpy(data.valid.x), settings["rates"]), policy, trained
 
 
 def compute(spec: RunSpec, artefacts: RunStore) -> Outcome:
