@@ -5,7 +5,7 @@ import platform
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from condcomp_lib.partitions import make_partition
 from condcomp_lib.policies import Policy, Sample
 from condcomp_lib.policy_training import ESTIMATORS, policy_plan, train_policy
 from condcomp_lib.runs import Outcome, RunSpec, RunStore
+from condcomp_lib.studies import blocks as block_study
 from condcomp_lib.studies.partition_search import Trials
 from condcomp_lib.studies.partitioning_splits import TRIAL
 from condcomp_lib.targets import MLP
@@ -156,6 +157,27 @@ def partitioners(repeats: int) -> dict[str, Any]:
         "coactivation_split_s": {"median": float(np.median(splits)), "most": max(splits)},
         "longest_trial_s": {"median": float(np.median(longest)), "most": max(longest)},
     }
+
+
+def blocks(grid: str, repeats: int) -> Iterator[dict[str, Any]]:
+    """The timed rows of a grid ("bars" or "full") as they come; see `studies.blocks.measure`.
+
+    Raises UsageError for another grid, before anything is measured.
+    """
+    for row in block_study.grid(grid):
+        yield {**row, **block_study.measure(row, repeats), **block_study.on_this_machine(), "policy": "raw"}
+
+
+def blocks_line(row: Mapping[str, Any] | None) -> str:
+    """A row of `blocks` as a line of text; the heads of its columns for None."""
+    if row is None:
+        return (f"{'network':<24}{'groups':>7}{'batch':>6} {'mask':<12}{'active':>7}{'compute':>8} {'weights':<9}"
+                f"{'thr':>4}{'lazy us':>10}{'dense us':>10} {'engine':<12}{'speed-up':<22}{'roofline':>8}")  # fmt: skip
+    middle, low, high = row["speedup_vs_fastest"]
+    return (f"{row['architecture']:<24}{row['groups']:>7}{row['batch']:>6} {row['mask']:<12}{row['activity']:>7.3f}"
+            f"{row['compute']:>8.3f} {row['dtype']:<9}{row['threads']:>4}{row['lazy_us']:>10.1f}"
+            f"{row['dense_us'][row['fastest']]:>10.1f} {row['fastest']:<12}"
+            f"{f'{middle:.2f} [{low:.2f}, {high:.2f}]':<22}{row['share_of_roofline']:>8.2f}")  # fmt: skip
 
 
 def commands() -> dict[str, Any]:

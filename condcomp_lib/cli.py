@@ -295,6 +295,26 @@ def bench_partitioners(
     _write_json(json_file, figures)
 
 
+@bench_app.command("blocks")
+def bench_blocks(
+    grid: Annotated[str, typer.Option(help="bars (about three minutes) or full (widths, groups, batches)")] = "bars",
+    repeats: Annotated[int, typer.Option(min=3, help="times each engine is measured, in turn")] = 21,
+    json_file: JsonFile = None,
+) -> None:
+    """Compiled lazy networks beside the fastest dense engine, the equal-compute control, and the machine's limits."""
+    from condcomp_lib import bench
+
+    found: list[dict[str, Any]] = []
+    for row in bench.blocks(grid, repeats):
+        if not found:
+            for engine, why in row["skipped"].items():
+                typer.echo(f"skipped: {engine}: {why}")
+            typer.echo(bench.blocks_line(None))
+        typer.echo(bench.blocks_line(row))
+        found.append(row)
+    _write_json(json_file, {"rows": found})
+
+
 @bench_app.command("commands")
 def bench_commands(json_file: JsonFile = None) -> None:
     """The two commands as a newcomer types them: a fresh clone, a fresh environment, every test. Takes minutes."""

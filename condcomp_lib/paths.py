@@ -78,6 +78,12 @@ def cache() -> Path:
     return _given("CONDCOMP_CACHE") or Path(platformdirs.user_cache_dir("condcomp"))
 
 
+def timing_lock() -> Path:
+    """The lock file of whoever measures time on this machine."""
+    cache().mkdir(parents=True, exist_ok=True)
+    return cache() / "timing.lock"
+
+
 def data_folders() -> list[Path]:
     """Folders searched for data sets, in order: `$CONDCOMP_DATA` where set, then the user cache."""
     given = _given("CONDCOMP_DATA")

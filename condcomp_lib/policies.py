@@ -180,6 +180,18 @@ class Given:
         return self.mask[:, gate * groups : (gate + 1) * groups].expand(len(logits), -1)
 
 
+@dataclass(frozen=True)
+class Shared:
+    """One mask for all examples that come together, decided from their mean logits (our reading: *dropout-policies*
+    shares one mask among 32 examples and leaves open how it is decided)."""
+
+    decision: Decision
+
+    def __call__(self, logits: Tensor, gate: int) -> Tensor:
+        """See `Decision`."""
+        return self.decision(logits.mean(0, keepdim=True), gate).expand(len(logits), -1)
+
+
 def asked_by_gate(activity: float | Sequence[float], gates: int) -> tuple[float, ...]:
     """The asked activity for each gate, from one share for all or one for each; every share in (0, 1]."""
     asked = tuple(activity) if isinstance(activity, Sequence) else (activity,) * gates

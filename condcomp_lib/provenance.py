@@ -15,7 +15,7 @@ from condcomp_lib import __version__, paths
 from condcomp_lib.errors import CondcompError
 
 # Modules that only tell of results: changing them changes no result.
-TELLING = ("bench", "cli", "manifest", "plots", "readme", "reproduce", "tables", "widgets")
+TELLING = ("bench", "cli", "manifest", "plots", "readme", "reproduce", "tables", "time_plots", "widgets")
 
 
 def provenance(environment: Mapping[str, Any], data: Mapping[str, str] | None, seconds: float) -> dict[str, Any]:
@@ -38,7 +38,7 @@ def environment() -> dict[str, Any]:
 
     `code` is a digest of the sources that can change a result; `dirty` says whether they differ from `commit`.
     """
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "scipy", "scikit-learn")}
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "scipy", "scikit-learn", "numba")}
     commit = _git("rev-parse", "HEAD")
     changed = (_git("status", "--porcelain", "--", "condcomp_lib", "requirements.lock") or "").splitlines()
     return {

@@ -8,7 +8,16 @@ import pandas as pd
 from condcomp_lib import paths, reproduce, studies, tables
 from condcomp_lib.errors import CondcompError
 from condcomp_lib.files import write_atomically
-from condcomp_lib.studies import lazy_results, partitioning, partitioning_splits, policy_results, split_results, start
+from condcomp_lib.studies import (
+    block_results,
+    blocks_accuracy,
+    lazy_results,
+    partitioning,
+    partitioning_splits,
+    policy_results,
+    split_results,
+    start,
+)
 
 
 class StaleReadme(CondcompError):
@@ -51,6 +60,8 @@ def blocks() -> dict[str, str]:
                if row["decision"] == partitioning.MATCHED]  # fmt: skip
     splits = studies.records("partitioning-splits", "paper")
     learned = studies.records("policies", "paper", partial=True)
+    timed = block_results.of(studies.records("blocks", "paper", partial=True))
+    traded = studies.records("blocks-accuracy", "paper", partial=True)
     answered = sum(row["ours"] != "not yet" for row in rows)
     times = json.loads((paths.root() / "data" / "timings.json").read_text(encoding="utf-8"))
     return {
@@ -58,6 +69,8 @@ def blocks() -> dict[str, str]:
         "lazy": tables.markdown(tables.frame(matched, 2)),
         "splits": tables.markdown(tables.frame(split_results.across_kinds(splits, partitioning_splits.CHEAP), 2)),
         "policies": tables.markdown(tables.frame(policy_results.summary(learned, "best", "estimators"), 3)),
+        "blocks": tables.markdown(tables.frame(block_results.rows(timed), 1)),
+        "trained": tables.markdown(tables.frame(blocks_accuracy.table(traded), 3)),
         "items": tables.markdown(pd.DataFrame(studies.items())),
         "answered": (
             f"**How far it is**: notebooks so far: {', '.join(reproduce.names())}; {answered} of {len(rows)} published "

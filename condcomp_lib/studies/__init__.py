@@ -30,7 +30,11 @@ NAMES = (
     "policies-dpg",
     "policies-bias",
     "policies-search",
+    "blocks",
+    "blocks-accuracy",
 )
+
+NOISE = "noise"  # stands for a data set where runs only measure time: standard normal numbers
 
 # Which notebook takes up which part of the papers, by the start of the ids in `published.csv`.
 NOTEBOOKS = {
@@ -96,7 +100,7 @@ def run(name: str, profile: str, **options: Any) -> list[Record]:
     """Compute what the store of `profile` lacks of the study (options as for `sweep.sweep`); return its records."""
     study, store = get(name), RunStore(paths.store(profile))
     sweep.check_backend(options.get("backend", "loky"))
-    for data in {spec.settings["dataset"] for spec in missing(name, profile)}:
+    for data in {spec.settings["dataset"] for spec in missing(name, profile)} - {NOISE}:
         datasets.fetch(data)  # once, here: a data set that cannot be had is one error, not one of every worker
     artefacts = RunStore(paths.artefacts(profile), environment())
     return sweep.sweep(study.specs(profile), functools.partial(study.compute, artefacts=artefacts), store, **options)

@@ -1,0 +1,88 @@
+"""Figures of time: block products, speed-ups, and time against accuracy (rules as in `plots`)."""
+
+from collections.abc import Mapping, Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import TwoSlopeNorm
+
+from condcomp_lib.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION
+
+COLOURS, MARKERS = (BLUE, VERMILION, GREEN, PURPLE, SKY, ORANGE), "osD^vP"
+
+
+def block_product(read: np.ndarray, below: Sequence[int], above: Sequence[int], ax: Axes | None = None) -> Axes:
+    """One layer's weights by groups, those that an input reads in colour.
+
+    `read` (bool, groups above x groups below); `below` and `above` the neurons of each group.
+    """
+    ax = ax or plt.subplots()[1]
+    edges = [np.concatenate([[0], np.cumsum(sizes)]) for sizes in (below, above)]
+    ax.pcolormesh(*edges, np.where(read, 1.0, 0.0), cmap="Blues", vmin=0, vmax=1.6, edgecolors="white", linewidth=0.8)
+    share = np.sum(read * np.outer(above, below)) / (sum(above) * sum(below))
+    ax.set(xlabel="neurons below, by group", ylabel="neurons above, by group", title=f"{share:.0%} of the weights")
+    ax.set_aspect("equal")
+    ax.invert_yaxis()
+    ax.grid(visible=False)
+    return ax
+
+
+def speedups(lines: Mapping[str, np.ndarray], ax: Axes | None = None) -> Axes:
+    """Speed-up against activity; `lines` maps a name to points (activity in %, speed-up)."""
+    ax = ax or plt.subplots()[1]
+    for index, (name, points) in enumerate(lines.items()):
+        ax.plot(points[:, 0], points[:, 1], f"-{MARKERS[index]}", color=COLOURS[index], markersize=5, label=name)
+    ax.axhline(1, color=GREY, linewidth=0.8, linestyle=":")
+    ax.set(
+        xscale="log", yscale="log", xlabel="neurons evaluated (%)", ylabel="times as fast as the fastest dense engine"
+    )
+    ax.set_xticks([3, 6, 12, 25, 50, 100], ["3", "6", "12", "25", "50", "100"])
+    low, high = ax.get_ylim()
+    ticks = [tick for tick in (0.5, 1, 2, 4, 8, 16, 32) if low <= tick <= high]
+    ax.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    ax.minorticks_off()
+    ax.legend()
+    return ax
+
+
+def speedup_surface(
+    batches: Sequence[int], activities: Sequence[float], grid: np.ndarray, ax: Axes | None = None
+) -> Axes:
+    """Speed-up (batches x activities) as coloured cells with their numbers; red where the dense engine is faster."""
+    ax = ax or plt.subplots()[1]
+    shown = np.log2(grid)
+    ax.imshow(shown, cmap="RdBu", norm=TwoSlopeNorm(0, min(-1, np.nanmin(shown)), np.nanmax(shown)), aspect="auto")
+    for i, j in np.argwhere(np.isfinite(grid)):
+        dark = shown[i, j] > 0.6 * np.nanmax(shown) or shown[i, j] < -0.8
+        ax.text(j, i, f"{grid[i, j]:.1f}", ha="center", va="center", fontsize=8, color="white" if dark else "black")
+    ax.set_xticks(range(len(activities)), [f"{100 * a:.3g}" for a in activities])
+    ax.set_yticks(range(len(batches)), [str(batch) for batch in batches])
+    ax.set(xlabel="neurons evaluated (%)", ylabel="examples at a time")
+    ax.grid(visible=False)
+    return ax
+
+
+def time_and_accuracy(points: Mapping[str, np.ndarray], ax: Axes | None = None) -> Axes:
+    """Accuracy ratio against microseconds: lazy networks as coloured points, dense nets as grey lines.
+
+    `points` maps a name to (microseconds, ratio) of its runs, or of its runs by width (runs x widths x 2), which are
+    joined through their means.
+    """
+    ax, index = ax or plt.subplots()[1], 0
+    for name, found in points.items():
+        if found.ndim == 3:
+            mean, line = found.mean(0), "--" if "moved" in name else "-"
+            ax.plot(mean[:, 0], mean[:, 1], f"{line}x", color=GREY, markersize=5, label=name)
+        elif name == "target":
+            ax.plot(found[:, 0].mean(), found[:, 1].mean(), "s", color="black", markersize=6, label=name)
+        else:
+            ax.plot(found[:, 0], found[:, 1], MARKERS[index], color=COLOURS[index], markersize=6, label=name, alpha=0.8)
+            index += 1
+    ax.axhline(1, color=GREY, linewidth=0.8, linestyle=":")
+    ax.set(xscale="log", xlabel="microseconds for one example", ylabel="accuracy / the target's")
+    low, high = ax.get_xlim()
+    ticks = [tick for tick in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000) if low <= tick <= high]
+    ax.set_xticks(ticks, [str(tick) for tick in ticks])
+    ax.minorticks_off()
+    return ax
