@@ -208,8 +208,8 @@ print(f"{made['processor']}: {versions}" if profile == "paper" else "measured no
 #
 # The trained networks of `02_policies` (SVHN, 100 groups a layer, pooled pictures): accuracy and time from the same compiled
 # object, on test digits one at a time. Grey: dense nets of 64 to 320 units a layer, distilled from the same target, each on
-# its fastest engine; dashed, those that learned from moved pictures, as the fine-tuned network did. A point left of a
-# grey line and above it beats the dense net of equal time.
+# its fastest engine; dashed, two that learned from moved pictures (192 and 288 units), as the fine-tuned network did. A point
+# left of a grey line and above it beats the dense net of equal time.
 
 # %%
 trained = studies.records("blocks-accuracy", profile)

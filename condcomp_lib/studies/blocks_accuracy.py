@@ -21,7 +21,8 @@ from condcomp_lib.training import obtain_control, obtain_target
 
 RECIPE = 1
 TAUS = {"quick": (0.25,), "paper": (0.1, 0.25, 0.5)}
-WIDTHS = {"digits": (8, 16, 32), "svhn": (64, 128, 192, 256, 320)}
+WIDTHS = {"digits": (8, 16, 32), "svhn": (64, 128, 192, 256, 288, 320)}
+MOVED = {"digits": (16, 32), "svhn": (192, 288)}  # of nets that learn from moved pictures, around equal compute
 TIMED = 256  # test examples that are timed, one at a time
 REPEATS = {"quick": 3, "paper": 21}
 
@@ -33,11 +34,10 @@ def specs(profile: str) -> list[RunSpec]:
         settings = spec.settings
         asked = (settings["method"] == WARM and settings["tau"] in TAUS[profile]) or settings["method"] == TUNED
         if asked and settings["part"] in ("best", "fronts") and settings["policy_seed"] == 0:
-            own = {
-                "engines": blocks.ENGINES[profile],
-                "repeats": REPEATS[profile],
-                "widths": list(WIDTHS[settings["dataset"]]),
-            }
+            own = {"engines": blocks.ENGINES[profile], "repeats": REPEATS[profile]}
+            own["widths"] = list(WIDTHS[settings["dataset"]])
+            if settings["method"] == TUNED:
+                own["moved_widths"] = list(MOVED[settings["dataset"]])
             found.append(RunSpec("blocks-accuracy", RECIPE, {**settings, **own}))
     return found
 
@@ -82,8 +82,8 @@ def dense_nets(
     """Dense nets of each width distilled from the target, as controls are; where the lazy network's weights were
     fine-tuned on moved pictures, also nets that learned from those. By (moved, width)."""
     found = {}
-    for moved in (False, True) if "finetune" in settings else (False,):
-        for width in settings["widths"]:
+    for moved, widths in ((False, settings["widths"]), (True, settings.get("moved_widths", []))):
+        for width in widths:
             cost = sum(multiply_adds([data.train.x.shape[1], *[width] * len(target.hidden), data.classes]))
             found[moved, width] = obtain_control(
                 target, trained, cost, data, artefacts, seed=settings["target_seed"],
@@ -97,16 +97,19 @@ def _dense(
 ) -> dict[str, Any]:
     """Time and accuracy ratio of the dense nets by width, and the ratio at the lazy network's time, interpolated
     linearly in time and, below the narrowest, that of the narrowest (which flatters the dense nets)."""
-    widths = sorted({width for _, width in nets})
+    widths = sorted(width for moved, width in nets if not moved)
     engines = {width: [name for name in times if name.startswith(f"{width}, ")] for width in widths}
     measured = [min(float(np.median(times[name])) for name in engines[width]) for width in widths]
     micro = np.maximum.accumulate(measured).tolist()  # noise must not make a wider net faster
     lazy = float(np.median(times["lazy"]))
-    found: dict[str, Any] = {"dense_widths": widths, "dense_width_us": micro}
+    found: dict[str, Any] = {}
     for moved, name in ((False, "dense"), (True, "moved")):
-        if (moved, widths[0]) in nets:
-            ratios = [nets[moved, width][1].result["test_accuracy"] / full for width in widths]
-            found |= {f"{name}_ratios": ratios, f"{name}_ratio_at_equal_time": float(np.interp(lazy, micro, ratios))}
+        own = sorted(width for kind, width in nets if kind == moved)
+        if own:
+            ratios = [nets[moved, width][1].result["test_accuracy"] / full for width in own]
+            times_of_own = [micro[widths.index(width)] for width in own]
+            found |= {f"{name}_widths": own, f"{name}_width_us": times_of_own, f"{name}_ratios": ratios}
+            found[f"{name}_ratio_at_equal_time"] = float(np.interp(lazy, times_of_own, ratios))
     return found
 
 
@@ -158,7 +161,7 @@ def points(records: Sequence[Record]) -> dict[str, np.ndarray]:
     for key, name in (("dense", "dense"), ("moved", "dense, moved pictures")):
         having = [r.result for r in records if f"{key}_ratios" in r.result]
         if having:
-            found[name] = np.array([list(zip(r["dense_width_us"], r[f"{key}_ratios"], strict=True)) for r in having])
+            found[name] = np.array([list(zip(r[f"{key}_width_us"], r[f"{key}_ratios"], strict=True)) for r in having])
     found["target"] = np.array([(r.result["dense_us"][r.result["fastest"]], 1.0) for r in records])
     return found
 
