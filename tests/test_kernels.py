@@ -354,7 +354,7 @@ def test_where_numba_cannot_write_its_cache_kernels_are_compiled_all_the_same(mo
         assert cpu._cached().py_func is cpu._run
 
 
-# where the compiled network and the reference still differ
+# where deciding by itself would differ from the reference
 
 
 @every_batch

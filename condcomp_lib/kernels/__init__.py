@@ -51,17 +51,20 @@ class FastLazy:
         scores = np.empty((len(rows), self.classes), np.float32)
         bits = np.empty((len(rows), self.packed.bits), np.uint8)
         if mask is not None:
-            if tuple(mask.shape) != bits.shape:
+            given = np.asarray(mask)
+            if given.shape != bits.shape:
                 raise UsageError(f"the mask of {len(rows)} examples must be {bits.shape[0]} x {bits.shape[1]}, not "
-                                 f"{' x '.join(map(str, mask.shape))}")  # fmt: skip
-            bits[:] = np.asarray(mask) != 0
+                                 f"{' x '.join(map(str, given.shape))}")  # fmt: skip
+            bits[:] = given != 0
+            if self.packed.meta[pack.ALWAYS_ON]:
+                bits[:, :: self.packed.meta[pack.GROUPS]] = 1
         self._divided(rows, scores, bits, known=mask is not None)
         return _like(x, scores), _like(x, bits.astype(bool))
 
     def _rows(self, x: Any) -> np.ndarray:
         """The inputs as the kernel is compiled for: one writable block of float32 numbers."""
         if x.__class__ is not np.ndarray:
-            x = x.detach().numpy() if isinstance(x, Tensor) else np.asarray(x)
+            x = x.detach().float().numpy() if isinstance(x, Tensor) else np.asarray(x)
         if x.ndim != 2 or x.shape[1] != self.inputs:
             raise UsageError(f"inputs must be examples x {self.inputs} features, not {' x '.join(map(str, x.shape))}")
         found: np.ndarray = x if x.dtype == _FLOAT and x.flags.carray else np.array(x, _FLOAT, order="C")

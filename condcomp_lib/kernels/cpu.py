@@ -10,6 +10,7 @@ from typing import Any
 import numba
 import numpy as np
 
+from condcomp_lib import policies
 from condcomp_lib.kernels import pack
 from condcomp_lib.kernels.products import compiled, dot, spread
 from condcomp_lib.kernels.tiles import LANES
@@ -108,6 +109,7 @@ def _evaluate(x, first_row, n, weights, floats, meta, out, space, lists, bits, k
             _pooled(x[(first_row + i) * inputs :], row, meta[pack.CHANNELS], meta[pack.HEIGHT], meta[pack.WIDTH],
                     meta[pack.POOL])  # fmt: skip
     index, value, next_index, next_value = indexes[:half], values[:half], indexes[half:], values[half:]
+    asked = known or gate_meta[0, pack.COUNT] >= 0
     for layer in range(layers):
         gate = min(layer, gates - 1)
         if layer < gates and gate_meta[gate, pack.COUNT] < 0 and not known:  # everything is evaluated: do not ask
@@ -151,6 +153,9 @@ def _evaluate(x, first_row, n, weights, floats, meta, out, space, lists, bits, k
         for j in range(classes):
             scale = floats[meta[pack.OUT_SCALE] + j] if meta[pack.SCALED] else np.float32(1)
             out[(first_row + i) * classes + j] = h[j] * scale + floats[meta[pack.OUT_BIAS] + j]
+        # An input that is not a number decides for nothing, which must not look like a result.
+        if asked and np.isnan(logits[i * all_bits + groups - 1]):
+            out[(first_row + i) * classes : (first_row + i + 1) * classes] = np.nan
 
 
 @compiled
@@ -336,7 +341,7 @@ def room(packed: pack.Packed, n: int) -> tuple[int, int]:
 def _cached() -> Callable[..., Any]:
     """`_run` compiled at its first call, or read from numba's cache where that can be written."""
     # numba looks only at this file to tell whether what it keeps is out of date; the name tells it of the others.
-    sources = sorted(Path(__file__).parent.glob("*.py"))
+    sources = [*sorted(Path(__file__).parent.glob("*.py")), Path(policies.__file__)]
     _run.__qualname__ = f"run_{sha256(b''.join(path.read_bytes() for path in sources)).hexdigest()[:12]}"
     try:
         return numba.njit(nogil=True, error_model="numpy", cache=True)(_run)

@@ -155,6 +155,8 @@ class GpuLazy:
             raise UsageError(f"the mask of {len(x)} examples must be {len(x)} x {bits}, not "
                              f"{' x '.join(map(str, mask.shape))}")  # fmt: skip
         given = None if mask is None else (mask if isinstance(mask, Tensor) else torch.tensor(mask)) != 0
+        if given is not None and self._policy.always_on:
+            given[:, :: self._groups] = True
         if not len(x):
             return torch.empty(0, len(self._bias), device=self.device), torch.empty(0, bits, device=self.device).bool()
         if self.device.type != "cuda" or _interpreted():

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from condcomp_lib.errors import UsageError, unknown
 from condcomp_lib.kernels.tiles import LANES
 from condcomp_lib.lazy import LazyNetwork, decided_by
-from condcomp_lib.policies import Budget, Decision, Policy, Shared, Threshold
+from condcomp_lib.policies import Budget, Decision, Policy, Shared, Threshold, check_counts
 
 DTYPES = ("float32", "bfloat16", "int8")  # of the target's weights; everything else is float32
 
@@ -84,8 +84,8 @@ def aligned(count: int, kind: type) -> np.ndarray:
 def checked(lazy: LazyNetwork, batch: str) -> LazyNetwork:
     """The lazy network with the decision of one example, where one is shared.
 
-    Raises UsageError where it cannot be compiled: a policy of another kind, a decision that draws, or a shared one
-    without batch "shared".
+    Raises UsageError where it cannot be compiled: a policy of another kind, a decision that draws or does not fit the
+    gates, or a shared one without batch "shared".
     """
     if isinstance(lazy.decision, Shared):
         if batch != "shared":
@@ -97,6 +97,11 @@ def checked(lazy: LazyNetwork, batch: str) -> LazyNetwork:
     if not isinstance(lazy.decision, Threshold | Budget):
         raise UsageError(f"a compiled network decides by Threshold or Budget, not by {type(lazy.decision).__name__}; "
                          "see `lazy.calibrated`")  # fmt: skip
+    gates = len(lazy.policy.gates)
+    if isinstance(lazy.decision, Budget):
+        check_counts(lazy.decision.counts, gates, lazy.partition.groups)
+    elif len(lazy.decision.levels) != gates:
+        raise UsageError(f"each of {gates} gates must have a level, not {len(lazy.decision.levels)} levels")
     return lazy
 
 

@@ -60,7 +60,7 @@ def dot_tile(rows: int, columns: int) -> Any:
 def spread_tile(vectors: int, unroll: int) -> Any:
     """h[j] += sum over the list of value x w[index, j], for `vectors` x LANES neurons j.
 
-    Of the intrinsic's arguments, `index` (int32) and `value` (float32) hold the list from `first` up to `last`, of a
+    Of the intrinsic's arguments, `index` (int64) and `value` (float32) hold the list from `first` up to `last`, of a
     length that `unroll` divides, not zero; `w` (as for `dot_tile`) and `h` (float32) start at `w_from` and `h_from`,
     and rows of w have `w_row` numbers.
     """
@@ -75,7 +75,7 @@ def spread_tile(vectors: int, unroll: int) -> Any:
                 found = []
                 for u in range(unroll):
                     at = builder.add(t, _LONG(u))
-                    row = builder.mul(builder.sext(builder.load(builder.gep(index, [at])), _LONG), w_row)
+                    row = builder.mul(builder.load(builder.gep(index, [at])), w_row)
                     weights, times = builder.gep(w, [row]), _everywhere(builder, builder.load(builder.gep(value, [at])))
                     for j in range(vectors):
                         vector = _weights(builder, weights, _LONG(LANES * j))
