@@ -31,7 +31,7 @@ SMALL = "64-64-64-10"
 BATCHES, ACTIVITIES = (1, 8, 32, 128, 512), (0.125, 0.25, 0.5)
 LEAST_INPUTS = 64  # different ones, in turn
 CALIBRATION = 4096
-REPEATS, SLOW_REPEATS = {"quick": 5, "paper": 21}, 7
+REPEATS = {"quick": 5, "paper": 21}
 ENGINES = {"quick": ["eager", "onnxruntime"], "paper": ["eager", "compiled", "onnxruntime"]}  # of dense networks
 COMMON = {"architecture": NET, "groups": 16, "scope": "network", "threads": 1, "dtype": "float32"}
 
@@ -55,43 +55,46 @@ def bars(profile: str = "paper") -> list[dict[str, Any]]:
     return [*found, mnist]
 
 
-def sweeps() -> list[dict[str, Any]]:
-    """Rows beyond `bars`: widths, numbers of groups, batches, activities, groups of one layer, shared masks."""
+def drawn() -> list[dict[str, Any]]:
+    """Rows that figures need beyond `bars`: numbers of groups, shared masks, more batches and activities."""
     one = {**COMMON, "batch": 1, "mask": "one"}
-    found = [{**one, "architecture": f"3072-{width}-{width}-{width}-10", "activity_asked": a}
-             for width in (200, 2048, 8192) for a in (0.125, 0.25, 0.5)]  # fmt: skip
-    found += [{**COMMON, "groups": groups, "batch": batch, "mask": mask, "activity_asked": activity}
-              for groups in (8, 64, 256) for batch, mask in ((1, "one"), (128, "per-example"))
-              for activity in (0.0625, 0.125, 0.25, 0.5)
-              if round(activity * groups) >= 1]  # fmt: skip
-    found += [{**COMMON, "batch": batch, "mask": "one" if batch == 1 else "per-example", "activity_asked": activity}
-              for batch in (1, 2, 4, 8, 32, 128, 512, 4096)
-              for activity in (0.01, 0.0625, 0.125, 0.25, 0.5, 0.75)]  # fmt: skip
-    found += [{**COMMON, "batch": batch, "mask": "shared", "activity_asked": activity}
-              for batch in (8, 32) for activity in (0.0625, 0.125, 0.25, 0.5, 1.0)]  # fmt: skip
-    found += [{**COMMON, "scope": "layer", "groups": groups, "batch": batch, "mask": mask, "activity_asked": 0.25}
-              for groups in (16, 100) for batch, mask in ((1, "one"), (128, "per-example"))]  # fmt: skip
-    return found
+    found = [{**one, "groups": groups, "activity_asked": a} for groups in (8, 64, 256) for a in (0.0625, *ACTIVITIES)]
+    for batch in (2, 4, 8, 32, 128, 512):
+        missing = (0.0625, *ACTIVITIES, 1.0) if batch < 8 else (0.0625,)
+        found += [{**COMMON, "batch": batch, "mask": "per-example", "activity_asked": a} for a in missing]
+    return found + [{**COMMON, "batch": batch, "mask": "shared", "activity_asked": activity}
+                    for batch in (8, 32) for activity in (0.0625, 0.125, 0.5, 1.0)]  # fmt: skip
+
+
+def sweeps() -> list[dict[str, Any]]:
+    """Rows beyond those: widths to 8192, 4096 examples, groups within layers, more of each."""
+    one, many = {**COMMON, "batch": 1, "mask": "one"}, {**COMMON, "batch": 128, "mask": "per-example"}
+    found = [{**one, "architecture": f"3072-{width}-{width}-{width}-10", "activity_asked": activity}
+             for width in (200, 2048, 8192) for activity in ACTIVITIES]  # fmt: skip
+    found += [{**many, "groups": groups, "activity_asked": activity}
+              for groups in (8, 64, 256) for activity in (0.0625, *ACTIVITIES)]  # fmt: skip
+    found += [{**many, "batch": batch, "activity_asked": activity}
+              for batch in (16, 64, 1024, 4096) for activity in (0.01, 0.0625, *ACTIVITIES, 0.75, 1.0)]  # fmt: skip
+    return found + [{**row, "scope": "layer", "groups": groups, "activity_asked": 0.25}
+                    for groups in (16, 100) for row in (one, many)]  # fmt: skip
 
 
 def grid(name: str) -> list[dict[str, Any]]:
     """The rows of a grid, "bars" or "full", each once."""
     if name not in ("bars", "full"):
         raise unknown("grid", name, ("bars", "full"))
-    rows = bars() + (sweeps() if name == "full" else [])
+    rows = bars() + (drawn() + sweeps() if name == "full" else [])
     return list({tuple(sorted(row.items())): row for row in rows}.values())
 
 
 def specs(profile: str) -> list[RunSpec]:
-    """One run per row; those of `bars` twice."""
-    rows = bars("quick") if profile == "quick" else grid("full")
+    """One run per row of `bars` and `drawn`; those of `bars` twice."""
+    rows = bars("quick") if profile == "quick" else bars() + drawn()
     often = bars(profile)
     found = []
     for repeat, row in itertools.product(range(1 if profile == "quick" else 2), rows):
         if repeat == 0 or row in often:
-            slow = row["batch"] > 512 or "8192" in row["architecture"]
-            repeats = min(SLOW_REPEATS, REPEATS[profile]) if slow else REPEATS[profile]
-            timed = {"engines": ENGINES[profile], "repeats": repeats, "repeat": repeat}
+            timed = {"engines": ENGINES[profile], "repeats": REPEATS[profile], "repeat": repeat}
             found.append(RunSpec("blocks", RECIPE, {"dataset": studies.NOISE, **row, **timed}))
     return found
 
