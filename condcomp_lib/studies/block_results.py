@@ -122,8 +122,7 @@ def by_groups(records: Sequence[Record], batch: int) -> dict[str, np.ndarray]:
         mine = of(records, architecture=network["architecture"], groups=groups, scope="network", batch=batch)
         mine = [record for record in mine if record.spec.settings["mask"] != "shared"]
         if len(mine) > 1:
-            points = sorted((100 * r.result["activity"], r.result["speedup_vs_fastest"][0]) for r in mine)
-            found[f"{groups} groups"] = np.array(points)
+            found[f"{groups} groups"] = _points(mine)
     return found
 
 
@@ -133,9 +132,15 @@ def by_sharing(records: Sequence[Record]) -> dict[str, np.ndarray]:
     for batch in (1, 8, 32):
         mine = of(records, batch=batch, mask="one" if batch == 1 else "shared")
         if mine:
-            points = sorted((100 * r.result["activity"], r.result["speedup_vs_fastest"][0]) for r in mine)
-            found[f"shared by {batch}" if batch > 1 else "one example"] = np.array(points)
+            found[f"shared by {batch}" if batch > 1 else "one example"] = _points(mine)
     return found
+
+
+def _points(group: Sequence[Record]) -> np.ndarray:
+    """(measured activity in %, speed-up) of each row, of its slowest run, by activity."""
+    asked = sorted({record.spec.settings["activity_asked"] for record in group})
+    runs = [[r for r in group if r.spec.settings["activity_asked"] == activity] for activity in asked]
+    return np.array([(100 * same[0].result["activity"], speedup(same).estimate) for same in runs])
 
 
 # What the companion promises of SVHN's 3072-800-800-800-10 with 16 groups over the network: name, row, field, level.

@@ -166,8 +166,8 @@ def measure(row: Mapping[str, Any], repeats: int, engines: Sequence[str] = ENGIN
         best = timing.best([before, timing.machine(lazy_bytes(lazy))])
     limits = roofline(lazy, row, batches, masks, best, float(np.median(times["lazy"])))
     if limits["share_of_roofline"] > IMPOSSIBLE:
-        raise CondcompError(f"{dict(row)} took less time than this machine needs at its best for what was computed and "
-                            "read: much else runs here, or something is measured wrongly; measure it again")  # fmt: skip
+        raise CondcompError(f"{dict(row)} took less time than this machine needs at its best for what was computed "
+                            "and read: much else runs here, or something is measured wrongly; try again")  # fmt: skip
     return {
         "activity": lazy.partition.activity(mask).mean().item(),
         "compute": cost.total_multiply_adds / lazy.target_cost().total_multiply_adds,
