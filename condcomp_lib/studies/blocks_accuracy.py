@@ -110,7 +110,7 @@ def _dense(
         if own:
             ratios = [nets[moved, width][1].result["test_accuracy"] / full for width in own]
             times_of_own = [micro[widths.index(width)] for width in own]
-            found |= {f"{name}_widths": own, f"{name}_width_us": times_of_own, f"{name}_ratios": ratios}
+            found |= {f"{name}_width_us": times_of_own, f"{name}_ratios": ratios}
             found[f"{name}_ratio_at_equal_time"] = float(np.interp(lazy, times_of_own, ratios))
     return found
 
