@@ -70,7 +70,7 @@ def blocks() -> dict[str, str]:
         "splits": tables.markdown(tables.frame(split_results.across_kinds(splits, partitioning_splits.CHEAP), 2)),
         "policies": tables.markdown(tables.frame(policy_results.summary(learned, "best", "estimators"), 3)),
         "blocks": tables.markdown(tables.frame(block_results.rows(timed), 1)),
-        "trained": tables.markdown(tables.frame(blocks_accuracy.table(traded), 3)),
+        "trained": tables.markdown(tables.frame(blocks_accuracy.table(traded, blocks_accuracy.rivals(traded)), 3)),
         "items": tables.markdown(pd.DataFrame(studies.items())),
         "answered": (
             f"**How far it is**: notebooks so far: {', '.join(reproduce.names())}; {answered} of {len(rows)} published "
