@@ -60,7 +60,7 @@ def blocks() -> dict[str, str]:
                if row["decision"] == partitioning.MATCHED]  # fmt: skip
     splits = studies.records("partitioning-splits", "paper")
     learned = studies.records("policies", "paper", partial=True)
-    timed = block_results.of(studies.records("blocks", "paper", partial=True))
+    timed = studies.records("blocks", "paper", partial=True)
     traded = studies.records("blocks-accuracy", "paper", partial=True)
     answered = sum(row["ours"] != "not yet" for row in rows)
     times = json.loads((paths.root() / "data" / "timings.json").read_text(encoding="utf-8"))
@@ -69,7 +69,7 @@ def blocks() -> dict[str, str]:
         "lazy": tables.markdown(tables.frame(matched, 2)),
         "splits": tables.markdown(tables.frame(split_results.across_kinds(splits, partitioning_splits.CHEAP), 2)),
         "policies": tables.markdown(tables.frame(policy_results.summary(learned, "best", "estimators"), 3)),
-        "blocks": tables.markdown(tables.frame(block_results.rows(timed), 1)),
+        "blocks": tables.markdown(tables.frame(block_results.rows(block_results.promised(timed), timed), 1)),
         "trained": tables.markdown(tables.frame(blocks_accuracy.table(traded, blocks_accuracy.rivals(traded)), 3)),
         "items": tables.markdown(pd.DataFrame(studies.items())),
         "answered": (

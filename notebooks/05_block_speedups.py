@@ -34,9 +34,9 @@ import torch
 
 from condcomp_lib import claims, datasets, kernels, paths, plots, studies, tables, time_plots
 from condcomp_lib.kernels import timing
-from condcomp_lib.lazy import LazyNetwork, calibrated
+from condcomp_lib.lazy import LazyNetwork, decided_by
 from condcomp_lib.partitions import make_partition
-from condcomp_lib.policies import Policy, Sample
+from condcomp_lib.policies import Budget, Policy, Sample
 from condcomp_lib.policy_training import policy_plan, train_policy
 from condcomp_lib.runs import RunStore
 from condcomp_lib.studies import block_results, blocks_accuracy, targets
@@ -57,7 +57,8 @@ tau: float = 0.25  # share of its neurons that are evaluated, above 0 up to 1
 # %% [markdown]
 # ## See which weights an input reads
 #
-# A network on digits, cut into groups that span its layers, and a policy trained by REINFORCE for a few seconds.
+# A network on digits, cut into groups that span its layers, and a policy trained for a few seconds (by straight-through
+# gradients, see `02_policies`). Each digit gets the groups with the highest logits, as many for all.
 
 # %%
 settings = {"dataset": "digits", "architecture": "2x64", "target_seed": 0}
@@ -71,9 +72,12 @@ generator = torch.Generator().manual_seed(0)
 partition = make_partition("balanced", target.hidden, groups, generator)
 policy = Policy(partition, inputs=64, generator=generator)
 lazy = LazyNetwork(target, partition, policy, Sample(generator))
-plan = policy_plan(tau=tau, batch=32, epochs=8, learning_rate=5e-3)
+plan = policy_plan(
+    estimator="straight-through", sparsity="rate", lambda_s=1.0, tau=tau, batch=32, epochs=8,
+    learning_rate=5e-3,
+)  # fmt: skip
 train_policy(lazy, data, plan, torch.Generator().manual_seed(0))
-lazy = calibrated(lazy, torch.from_numpy(data.valid.x), tau)
+lazy = decided_by(lazy, Budget.of(tau, partition, policy))
 
 # %% [markdown]
 # Between two hidden layers an input reads the weights from the groups it evaluates below to those it evaluates above: a
@@ -162,8 +166,7 @@ for name, why in skipped.items():
 
 # %%
 records = studies.records("blocks", profile)
-first = block_results.of(records)
-lines = (block_results.by_groups(records, 1), block_results.by_sharing(first))
+lines = (block_results.by_groups(records, 1), block_results.by_sharing(records))
 fig, axes = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True)
 for ax, drawn in zip(axes, lines, strict=True):
     time_plots.speedups(drawn, ax)
@@ -194,7 +197,7 @@ plt.show()
 # bfloat16 and int8 weights round the target (the dense engines stay at float32).
 
 # %% tags=["nbval-check-output"]
-table = tables.frame(block_results.rows(first), 2)
+table = tables.frame(block_results.rows(block_results.promised(records), records), 2)
 tables.save_table(table, "blocks_table", records, profile)
 display(Markdown(tables.markdown(table)))
 

@@ -60,6 +60,19 @@ def speedup(group: Sequence[Record], field: str = "speedup_vs_fastest") -> Inter
     return Interval(found[0], found[1], found[2], worst.spec.settings["repeats"], 0.95)
 
 
+def promised(records: Sequence[Record]) -> list[Record]:
+    """The records of the first network's rows that were measured in two runs (all of them in the quick profile)."""
+    shape = ("architecture", "groups", "scope")
+    again = [_row(record) for record in records if record.spec.settings["repeat"] == 1]
+    first = [r for r in records if all(r.spec.settings[key] == records[0].spec.settings[key] for key in shape)]
+    return [record for record in first if not again or _row(record) in again]
+
+
+def _row(record: Record) -> tuple[Any, ...]:
+    named = ("architecture", "groups", "scope", "batch", "mask", "dtype", "threads", "activity_asked")
+    return tuple(record.spec.settings[key] for key in named)
+
+
 def roofline_share(record: Record, records: Sequence[Record]) -> float:
     """The share of its roofline that a row reached, by the best that any of the records measured of the same processor
     with the same weights: a row alone may have met a busy machine."""
@@ -70,12 +83,12 @@ def roofline_share(record: Record, records: Sequence[Record]) -> float:
     return 1e6 * least / float(result["lazy_us"])
 
 
-def rows(records: Sequence[Record]) -> list[dict[str, Any]]:
-    """The table of timed rows, in microseconds a call, of each the run in which the speed-up is lowest."""
+def rows(records: Sequence[Record], measured: Sequence[Record]) -> list[dict[str, Any]]:
+    """The table of timed rows, in microseconds a call, of each the run in which the speed-up is lowest; `measured` are
+    all records that say what the machine can do."""
     found: dict[tuple[Any, ...], list[Record]] = {}
-    named = ("architecture", "groups", "scope", "batch", "mask", "dtype", "threads", "activity_asked")
     for record in records:
-        found.setdefault(tuple(record.spec.settings[key] for key in named), []).append(record)
+        found.setdefault(_row(record), []).append(record)
     table = []
     for group in found.values():
         record = min(group, key=lambda r: r.result["speedup_vs_fastest"][0])
@@ -93,7 +106,7 @@ def rows(records: Sequence[Record]) -> list[dict[str, Any]]:
                 "speed-up": speedup(group),
                 "over the control": speedup(group, "speedup_vs_control"),
                 "over masked dense": speedup(group, "speedup_vs_masked"),
-                "share of roofline": f"{roofline_share(record, records):.2f}",
+                "share of roofline": f"{roofline_share(record, measured):.2f}",
             }
         )
     return table
