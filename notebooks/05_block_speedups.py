@@ -82,8 +82,8 @@ lazy = decided_by(lazy, Budget.of(tau, partition, policy))
 # %% [markdown]
 # Between two hidden layers an input reads the weights from the groups it evaluates below to those it evaluates above: a
 # quarter of the neurons is a sixteenth of these weights. Two digits, and what a minibatch of eight reads between them: the
-# **union** of its masks, which soon is almost everything. That is why one example at a time is the best case, and why a
-# minibatch must be put together group by group.
+# **union** of its masks, which grows with every example. That is why one at a time is the best case, and why a minibatch must
+# be put together group by group.
 
 # %%
 x = torch.from_numpy(data.test.x)
@@ -91,7 +91,10 @@ masks = lazy.evaluate(x[:8]).mask
 sizes = [torch.bincount(members, minlength=groups).tolist() for members in partition.membership]
 fig, axes = plt.subplots(1, 3, figsize=(9.5, 3.6))
 for ax, chosen, name in zip(
-    axes, (masks[:1], masks[1:2], masks), ("one digit", "another digit", "eight digits"), strict=True
+    axes,
+    (masks[:1], masks[1:2], masks),
+    ("one digit", "another digit", "eight digits"),
+    strict=True,
 ):
     bits = chosen.float().numpy()
     time_plots.block_product((bits.T @ bits) > 0, *sizes, ax)
@@ -240,7 +243,9 @@ judged = claims.check_verdicts(
 )
 claim_table = tables.frame(tables.claim_rows(judged))
 shown = ["claim", "source", "found", "holds if", "verdict"]
-display(Markdown(tables.markdown(claim_table[shown]) if judged else "Too little is timed here."))
+display(
+    Markdown(tables.markdown(claim_table[shown]) if judged else "Too little is timed here.")
+)
 
 # %% [markdown]
 # ## Compare: published and ours
