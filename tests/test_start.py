@@ -89,7 +89,7 @@ def test_missing_paper_runs_are_an_error_with_the_command_that_computes_them(tmp
 def test_unknown_names_list_the_known_ones():
     with pytest.raises(
         UsageError,
-        match="unknown study 'strat'; known: partitioning, ",
+        match="unknown study 'strat'; known: blocks, ",
     ):
         studies.get("strat")
     with pytest.raises(UsageError, match="unknown profile 'fast'; known: paper, quick"):
