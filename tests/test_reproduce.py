@@ -170,15 +170,15 @@ def test_a_failing_notebook_makes_the_command_fail(folder, tmp_path, monkeypatch
     [
         (
             ["run", "strat"],
-            "unknown study 'strat'; known: partitioning, ",
+            "unknown study 'strat'; known: blocks, ",
         ),
         (
             ["runs", "strat"],
-            "unknown study 'strat'; known: partitioning, ",
+            "unknown study 'strat'; known: blocks, ",
         ),
         (
             ["audit", "strat"],
-            "unknown study 'strat'; known: partitioning, ",
+            "unknown study 'strat'; known: blocks, ",
         ),
         (["reproduce", "--notebook", "99"], "unknown notebook '99'; known: 00_start_here"),
         (["reproduce", "--profile", "fast"], "unknown profile 'fast'; known: paper, quick"),
