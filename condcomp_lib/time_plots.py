@@ -74,8 +74,9 @@ def time_and_accuracy(points: Mapping[str, np.ndarray], ax: Axes | None = None) 
         if found.ndim == 3:
             mean, line = found.mean(0), "--" if "moved" in name else "-"
             ax.plot(mean[:, 0], mean[:, 1], f"{line}x", color=GREY, markersize=5, label=name)
-        elif name == "target":
-            ax.plot(found[:, 0].mean(), found[:, 1].mean(), "s", color="black", markersize=6, label=name)
+        elif name.startswith("target"):
+            inside = "black" if name == "target" else "white"
+            ax.plot(*found.mean(0), "s", color="black", markerfacecolor=inside, markersize=6, label=name)
         else:
             ax.plot(found[:, 0], found[:, 1], MARKERS[index], color=COLOURS[index], markersize=6, label=name, alpha=0.8)
             index += 1

@@ -40,14 +40,12 @@ class Packed:
     that a group is one panel of rows; and, for the layers above the first, for each group a row for each neuron below,
     of the group's weights, so that an evaluated neuron below adds a row, and one that is not or is zero adds none. The
     former serve where little is zero below: upper layers are held twice. `floats` (float32): policy, biases,
-    levels, scales. `meta` (int64): where they stand. `order` (int64, for each hidden layer its neurons): the original
-    number of each neuron in the new order.
+    levels, scales. `meta` (int64): where they stand.
     """
 
     weights: np.ndarray
     floats: np.ndarray
     meta: np.ndarray
-    order: tuple[np.ndarray, ...]
 
     @property
     def bits(self) -> int:
@@ -133,7 +131,7 @@ def pack(lazy: LazyNetwork, dtype: str = "float32") -> Packed:
     head[[GATE_ROW, WIDEST]] = pitch(int(head[GATE_INPUTS])), max(layers[:, H_ROW].max(), whole(last.out_features))
     meta = np.concatenate([head, layers.ravel(), gates.ravel(), spans.ravel()])
     kind = {"float32": np.float32, "bfloat16": np.uint16, "int8": np.int8}[dtype]
-    return Packed(weights.joined(kind), floats.joined(np.float32), meta, order)
+    return Packed(weights.joined(kind), floats.joined(np.float32), meta)
 
 
 def whole(count: int) -> int:

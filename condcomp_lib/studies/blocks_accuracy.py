@@ -1,6 +1,6 @@
 """Time against accuracy of trained lazy networks, both from one compiled object, beside dense nets of every width."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from condcomp_lib.kernels import timing
 from condcomp_lib.runs import Outcome, Record, RunSpec, RunStore
 from condcomp_lib.studies import blocks, policies, targets
 from condcomp_lib.studies.block_results import compared
+from condcomp_lib.studies.lazy_results import over_runs
 from condcomp_lib.studies.partitioning import TAU
 from condcomp_lib.studies.policy_results import DENSE, TUNED, WARM, by_method, no_answers
 from condcomp_lib.targets import MLP, multiply_adds
@@ -151,23 +152,18 @@ def _rival(group: Sequence[Record], kind: str, widest: Sequence[Record], less: b
     return stats.interval(found)
 
 
-def _over(group: Sequence[Record], value: Callable[[Mapping[str, Any]], float]) -> stats.Interval:
-    """The interval of a number over the targets."""
-    return stats.interval([value(record.result) for record in group])
-
-
 def table(records: Sequence[Record], widest: Sequence[Record]) -> list[dict[str, Any]]:
     """Each lazy network's time and accuracy ratio beside those of dense nets of equal time (`widest` from `rivals`)."""
     return [
         {
             "network": name,
             "targets": len(group),
-            "ratio": _over(group, lambda r: r["accuracy_ratio"]),
-            "activity": _over(group, lambda r: r["activity"]),
-            "compute": _over(group, lambda r: r["compute"]),
-            "lazy, us": _over(group, lambda r: r["lazy_us"]),
-            "fastest dense, us": _over(group, lambda r: r["dense_us"][r["fastest"]]),
-            "speed-up": _over(group, lambda r: r["speedup_vs_fastest"][0]),
+            "ratio": over_runs(group, lambda r: r["accuracy_ratio"]),
+            "activity": over_runs(group, lambda r: r["activity"]),
+            "compute": over_runs(group, lambda r: r["compute"]),
+            "lazy, us": over_runs(group, lambda r: r["lazy_us"]),
+            "fastest dense, us": over_runs(group, lambda r: r["dense_us"][r["fastest"]]),
+            "speed-up": over_runs(group, lambda r: r["speedup_vs_fastest"][0]),
             "dense of equal time": _rival(group, "dense", widest),
             "the same, moved pictures": _rival(group, "moved", widest) if "moved_ratios" in group[0].result else "",
         }
@@ -175,9 +171,10 @@ def table(records: Sequence[Record], widest: Sequence[Record]) -> list[dict[str,
     ]
 
 
-def points(records: Sequence[Record]) -> dict[str, np.ndarray]:
-    """For the figure: (microseconds, accuracy ratio) of every lazy network by name, of "target" in full, and of dense
-    nets ("dense", and "dense, moved pictures": targets x widths x 2)."""
+def points(records: Sequence[Record], widest: Sequence[Record]) -> dict[str, np.ndarray]:
+    """For the figure: (microseconds, accuracy ratio) of every lazy network by name, of "target" in full, as it was and
+    fine-tuned (`widest`, see `rivals`), and of dense nets ("dense", and "dense, moved pictures": targets x widths x 2).
+    """
     found = {
         name: np.array([(r.result["lazy_us"], r.result["accuracy_ratio"]) for r in group])
         for name, group in _groups(records).items()
@@ -186,7 +183,10 @@ def points(records: Sequence[Record]) -> dict[str, np.ndarray]:
         having = [r.result for r in records if f"{key}_ratios" in r.result]
         if having:
             found[name] = np.array([list(zip(r[f"{key}_width_us"], r[f"{key}_ratios"], strict=True)) for r in having])
-    found["target"] = np.array([(r.result["dense_us"][r.result["fastest"]], 1.0) for r in records])
+    micro = [r.result["dense_us"][r.result["fastest"]] for r in records]
+    found["target"] = np.array([(us, 1.0) for us in micro])
+    if widest:
+        found["target, fine-tuned"] = np.array([(np.mean(micro), r.result["accuracy_ratio"]) for r in widest])
     return found
 
 
@@ -197,7 +197,7 @@ def claims(records: Sequence[Record]) -> list[Claim]:
         if len(group) < 2:
             continue  # one target says nothing about another
         id = name.replace(", ", ".").replace("%", "").replace(" ", "-")
-        speed = _over(group, lambda r: r["speedup_vs_fastest"][0])
+        speed = over_runs(group, lambda r: r["speedup_vs_fastest"][0])
         if group[0].spec.settings["tau"] == TAU:
             statement = f"{name}, batch 1: 3.5 times as fast as the fastest dense engine"
             found.append(judge(f"blocks.trained.{id}.speed", "ours", statement, speed, above=3.5))
@@ -224,7 +224,8 @@ def finding(records: Sequence[Record], widest: Sequence[Record]) -> str:
 
 def promises(records: Sequence[Record]) -> dict[str, Sequence[Record]]:
     """Figures and tables of notebook 05 that are made from trained networks."""
-    return {"blocks_accuracy": records, "blocks_accuracy_table": [*records, *rivals(records)]}
+    both = [*records, *rivals(records)]
+    return {"blocks_accuracy": both, "blocks_accuracy_table": both}
 
 
 STUDY = studies.Study(

@@ -12,7 +12,7 @@ from condcomp_lib.datasets import Dataset, Split
 from condcomp_lib.lazy import LazyNetwork, calibrated, compensated, decided_by
 from condcomp_lib.oracle import Oracle
 from condcomp_lib.policies import Budget, Policy, Pool, Sample
-from condcomp_lib.policy_training import POLICY_RECIPE, SUPERVISED, obtain_policy, policy_plan, train_policy
+from condcomp_lib.policy_training import POLICY_RECIPE, SUPERVISED, obtain_policy, policy_plan
 from condcomp_lib.runs import Outcome, Record, RunSpec, RunStore
 from condcomp_lib.studies import policy_results, targets
 from condcomp_lib.studies.lazy_results import Kind
@@ -190,18 +190,15 @@ def compute(spec: RunSpec, artefacts: RunStore) -> Outcome:
     the controls of equal cost."""
     settings = spec.settings
     data = studies.dataset(settings["dataset"])
-    lazy, trained = untrained(settings, data, artefacts)
-    shuffling = torch.Generator().manual_seed(settings["policy_seed"])
-    curve = train_policy(lazy, data, settings, shuffling)
-    decided = calibrated(lazy, torch.from_numpy(data.valid.x), settings["rates"])
+    decided, policy, trained = learned(settings, data, artefacts)
     result = measure(decided, settings, data, trained)
     spent = result.pop("multiply_adds")
-    result |= {"accuracy_curve": curve.accuracy, "activity_curve": curve.activity, "epochs": len(curve.accuracy)}
+    result |= {key: policy.result[key] for key in ("accuracy_curve", "activity_curve", "epochs")}
     if settings["part"] in ("best", "estimators"):
-        result |= sampled(lazy, decided, settings, data)
+        result |= sampled(decided, settings, data)
     if settings["method"] in COMPENSATED:
         result |= filled(decided, data, settings)
-    cited = {"target": trained.cite()}
+    cited = {"target": trained.cite(), "policy": policy.cite()}
     if settings["method"] != DENSE:
         # Controls are distilled from the target as it was, also where the lazy network's copy is fine-tuned.
         fresh, _ = obtain_target(targets.target_of(settings), data, artefacts)
@@ -234,18 +231,18 @@ def moved_control(
     }, record
 
 
-def sampled(lazy: LazyNetwork, decided: LazyNetwork, settings: Mapping[str, Any], data: Dataset) -> dict[str, Any]:
+def sampled(decided: LazyNetwork, settings: Mapping[str, Any], data: Dataset) -> dict[str, Any]:
     """Accuracy and activity when the bits are drawn with the policy's probabilities, as the papers do: each draw of the
     first test examples by itself, and the accuracy of `decided` on the same ones."""
     if settings["estimator"] in (*SUPERVISED[:1], "dense"):
         return {}  # a forecast of contributions is no logit
     split = Split(data.test.x[: settings["sampled_examples"]], data.test.y[: settings["sampled_examples"]])
     draws = torch.Generator().manual_seed(settings["policy_seed"])
-    found = [measured(decided_by(lazy, Sample(draws)), split, 1) for _ in range(settings["sample_draws"])]
+    found = [measured(decided_by(decided, Sample(draws)), split, 1) for _ in range(settings["sample_draws"])]
     return {
         "sampled_accuracies": [accuracy for accuracy, _ in found],
         "decided_accuracy": measured(decided, split, 1)[0],
-        "sampled_activity": float(np.mean([lazy.partition.activity(mask).mean().item() for _, mask in found])),
+        "sampled_activity": float(np.mean([decided.partition.activity(mask).mean().item() for _, mask in found])),
     }
 
 
