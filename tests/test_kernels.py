@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from condcomp_lib.errors import UsageError
 from condcomp_lib.kernels import BATCHES, compile, cpu, timing
 from condcomp_lib.kernels.pack import DTYPES
-from condcomp_lib.kernels.tiles import LANES, dot_tile, spread_tile
+from condcomp_lib.kernels.tiles import AHEAD, LANES, panel_tile, row_tile, spread_tile
 from condcomp_lib.lazy import LazyNetwork, compensated, decided_by
 from condcomp_lib.oracle import Oracle
 from condcomp_lib.partitions import SCOPES, Partition, make_partition
@@ -247,26 +247,45 @@ def called(tile, *args):
     numba.njit(lambda *args: tile(*args))(*args)
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(4, 3), (1, 1)])
-def test_dot_tiles_equal_plain_loops(rows, columns):
-    x, w, h, listed = numbers(400, 0), numbers(99, 1), numbers(90, 2), np.array([9, 5, 0, 3, 2])
+@pytest.mark.parametrize(("rows", "vectors", "lines"), [(4, 3, 2), (1, 1, 0), (2, 2, 4)])
+def test_panel_tiles_equal_plain_loops(rows, vectors, lines):
+    x, w, h, listed = numbers(400, 0), numbers(900, 1), numbers(400, 2), np.array([9, 5, 0, 3, 2])
     expected = h.astype(float)
     for row in listed[1 : 1 + rows]:
-        for j in range(columns):
-            expected[row * 7 + 2 + j] += sum(float(x[row * 33 + 5 + k]) * float(w[3 + j * 29 + k]) for k in range(24))
-    called(dot_tile(rows, columns), x, 33, 5, listed, 1, w, 29, 3, 24, h, 7, 2)
+        for j in range(vectors * LANES):
+            expected[row * 27 + 2 + j] += sum(float(x[row * 33 + 5 + k]) * float(w[3 + k * 29 + j]) for k in range(24))
+    called(panel_tile(rows, vectors, lines), x, 33, 5, listed, 1, w, 29, 3, 24, h, 27, 2, 0)
     np.testing.assert_allclose(h, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(("vectors", "unroll"), [(2, 4), (7, 1)])
 def test_spread_tiles_equal_plain_loops(vectors, unroll):
-    w, h, value, width = numbers(500, 0), numbers(70, 1), numbers(12, 2), vectors * LANES
+    w, h, value, width = numbers(500, 0), numbers(70, 1), numbers(14, 2), vectors * LANES
     index, expected = np.array([9, 0, 3, 3, 1, 5, 2, 4, 0, 6, 1, 7]), h.astype(float)
-    for t in range(2, 10):
+    index = np.concatenate([index, np.zeros(AHEAD, int)])
+    for t in range(8):
         for j in range(width):
-            expected[5 + j] += float(value[t]) * float(w[3 + index[t] * 59 + j])
-    called(spread_tile(vectors, unroll), index, value, 2, 10, w, 59, 3, h, 5)
+            expected[5 + j] += float(value[4 + t]) * float(w[3 + index[2 + t] * 59 + j])
+    called(spread_tile(vectors, unroll), index, 2, value, 4, 8, w, 59, 3, h, 5)
     np.testing.assert_allclose(h, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["scaled", "rectified", "cleared"])
+def test_row_tiles_equal_plain_expressions(kind):
+    to, a, b = numbers(40, 0), numbers(40, 1), numbers(40, 2)
+    before, own = to.copy(), slice(3, 3 + 2 * LANES)  # 11 numbers take two vectors
+    given, added = a[5 : 5 + 2 * LANES], b[7 : 7 + 2 * LANES]
+    wanted = {"scaled": given * 2, "rectified": np.maximum(given + added, 0) * 2, "cleared": given * 0}[kind]
+    called(row_tile(kind), to, 3, a, 5, b, 7, np.float32(2), 11)
+    np.testing.assert_array_equal(to[own], wanted)
+    to[own] = before[own]
+    np.testing.assert_array_equal(to, before)
+
+
+def test_a_rectified_row_keeps_what_is_no_number():
+    to, a, b = np.zeros(8, np.float32), np.full(8, np.nan, np.float32), np.zeros(8, np.float32)
+    called(row_tile("rectified"), to, 0, a, 0, b, 0, np.float32(1), 8)
+    assert np.isnan(to).all()
 
 
 # timing

@@ -9,38 +9,39 @@ import torch
 from torch import Tensor, nn
 
 from condcomp_lib.errors import UsageError, unknown
-from condcomp_lib.kernels.tiles import LANES
+from condcomp_lib.kernels.tiles import LANES, LINE
 from condcomp_lib.lazy import LazyNetwork, decided_by
 from condcomp_lib.policies import Budget, Decision, Policy, Shared, Threshold, check_counts
 
+LEAST = 16  # neurons of a group, in the mean, from which on products with all of them beat lists of those not zero
 DTYPES = ("float32", "bfloat16", "int8")  # of the target's weights; everything else is float32
 
 # Where the numbers of `Packed.meta` stand. First single ones, ...
-INPUTS, X_ROW, CLASSES, GROUPS, GATES, LAYERS, TANH, RESCALED, FILLED, ALWAYS_ON, BUDGETED, SCALED = range(12)
-POOL, CHANNELS, HEIGHT, WIDTH, GATE_INPUTS, GATE_ROW, WIDEST, OUT_WEIGHTS, OUT_BIAS, OUT_SCALE = range(12, 22)
-HEAD = 22
+INPUTS, CLASSES, GROUPS, GATES, LAYERS, TANH, RESCALED, FILLED, ALWAYS_ON, BUDGETED, SCALED = range(11)
+POOL, CHANNELS, HEIGHT, WIDTH, WIDEST, LONGEST, LOGITS_ROW, READ_ROWS, OUT_BIAS, OUT_SCALE = range(11, 21)
+HEAD = 21
 # ... then for each hidden layer these, ...
-NEURONS, H_ROW, BIAS, SCALE, BELOW, W_ROW, ROWS_AT = range(7)
-LAYER_FIELDS = 7
+NEURONS, H_ROW, BIAS, SCALE, SMALL = range(5)
+LAYER_FIELDS = 5
 # ... for each gate these (a count below zero: everything is evaluated), ...
-GATE_WEIGHTS, GATE_BIAS, LEVEL, COUNT = range(4)
-# ... and for each group of each layer these: its first neuron, how many there are, where its numbers start in a row of
-# activations (padded to whole vectors), and where its weights start.
-FIRST, SIZE, H_AT, W_AT = range(4)
-FIELDS = 4
+GATE_BIAS, LEVEL, COUNT = range(3)
+GATE_FIELDS = 3
+# ... and spans: of the input, of what the first gate reads, of each gate's logits, of each hidden layer's groups and
+# one more, of the scores. Each is neurons that stand together. FIRST: the first one's number in its layer; SIZE: how
+# many. H_AT: where their sums stand in a row of sums; W_AT and W_ROW: where their weights start, and the numbers from
+# one row of them to the next. X_AT and X_ROW: the same of their activations, X_AT times the examples.
+FIRST, SIZE, H_AT, W_AT, W_ROW, X_AT, X_ROW = range(7)
+FIELDS = 7
 MOST = np.iinfo(np.int64).max
-LINE = 64  # bytes of a cache line
 
 
 @dataclass(frozen=True, eq=False)
 class Packed:
     """What a lazy network computes with, in four flat arrays.
 
-    `weights` (float32, bfloat16 as uint16, or int8) of the target. For each layer a row for each of its neurons, so
-    that a group is one panel of rows; and, for the layers above the first, for each group a row for each neuron below,
-    of the group's weights, so that an evaluated neuron below adds a row, and one that is not or is zero adds none. The
-    former serve where little is zero below: upper layers are held twice. `floats` (float32): policy, biases,
-    levels, scales. `meta` (int64): where they stand.
+    `weights` (float32, bfloat16 as uint16, or int8) of the target: for each group of a layer a row for each neuron
+    below, of the group's weights, so that an evaluated neuron below adds a row, and one that is not or is zero adds
+    none. `floats` (float32): policy (rows likewise), biases, levels, scales. `meta` (int64): where they stand.
     """
 
     weights: np.ndarray
@@ -65,6 +66,12 @@ class _Buffer:
         self.parts += [flat, np.zeros(-len(flat) % LANES, flat.dtype)]
         at, self.size = self.size, self.size + whole(len(flat))
         return at
+
+    def rows(self, numbers: np.ndarray) -> tuple[int, int]:
+        """Add rows padded with zeros, and a few more rows of them, which may be read; return where they start and the
+        numbers from one to the next."""
+        width = _pitch(numbers.shape[1])
+        return self.add(np.pad(numbers, ((0, LANES), (0, width - numbers.shape[1])))), width
 
     def joined(self, kind: type) -> np.ndarray:
         found = aligned(self.size, kind)
@@ -113,22 +120,24 @@ def pack(lazy: LazyNetwork, dtype: str = "float32") -> Packed:
     weights, floats = _Buffer(), _Buffer()
     head = np.zeros(HEAD, np.int64)
     order = tuple(torch.argsort(groups, stable=True).numpy() for groups in lazy.partition.membership)
+    last, read = lazy.target.linears[-1], lazy.policy.gates[0].in_features
+    inputs = [_span(size, whole(size), None) for size in (lazy.target.linears[0].in_features, read)]
+    gates, logits = _gates(lazy.policy, lazy.decision, order, _extra(lazy), floats)
     layers, spans = _layers(lazy, dtype, order, weights, floats)
-    gates = _gates(lazy.policy, lazy.decision, order, _extra(lazy), floats)
-    last = lazy.target.linears[-1]
     rows, scale = _quantised(_rows_below(lazy, len(order), last.weight.detach().numpy(), order[-1]), dtype)
-    head[OUT_WEIGHTS], head[OUT_SCALE] = weights.add(_wide(rows)), floats.add(scale)
-    head[OUT_BIAS] = floats.add(_bias(lazy, len(order)))
-    head[[INPUTS, X_ROW]] = lazy.target.linears[0].in_features, pitch(lazy.target.linears[0].in_features)
-    head[[CLASSES, GROUPS]] = last.out_features, lazy.partition.groups
+    scores = _span(last.out_features, 0, weights.rows(rows))
+    head[[OUT_SCALE, OUT_BIAS]] = floats.add(scale), floats.add(_bias(lazy, len(order)))
+    head[[INPUTS, CLASSES, GROUPS]] = lazy.target.linears[0].in_features, last.out_features, lazy.partition.groups
     head[[GATES, LAYERS]] = len(lazy.policy.gates), len(order)
     head[[TANH, RESCALED]] = isinstance(lazy.target.activation, nn.Tanh), lazy.rescale == "activity"
     head[[FILLED, ALWAYS_ON]] = lazy.fill is not None, lazy.policy.always_on
     head[[BUDGETED, SCALED]] = isinstance(lazy.decision, Budget), dtype == "int8"
     if pool := lazy.policy.pool:
         head[[POOL, CHANNELS, HEIGHT, WIDTH]] = pool.size, *pool.shape
-    head[GATE_INPUTS] = lazy.policy.gates[0].in_features
-    head[[GATE_ROW, WIDEST]] = pitch(int(head[GATE_INPUTS])), max(layers[:, H_ROW].max(), whole(last.out_features))
+    head[WIDEST] = max(*layers[:, H_ROW], whole(last.out_features), whole(lazy.partition.groups))
+    head[[LOGITS_ROW, READ_ROWS]] = whole(lazy.partition.groups), sum(span[X_ROW] for span in inputs)
+    head[LONGEST] = (spans[:, -1, X_AT] + spans[:, -1, X_ROW]).max()
+    spans = np.concatenate([np.stack([*inputs, *logits]), spans.reshape(-1, FIELDS), scores[None]])
     meta = np.concatenate([head, layers.ravel(), gates.ravel(), spans.ravel()])
     kind = {"float32": np.float32, "bfloat16": np.uint16, "int8": np.int8}[dtype]
     return Packed(weights.joined(kind), floats.joined(np.float32), meta)
@@ -139,54 +148,65 @@ def whole(count: int) -> int:
     return -(-count // LANES) * LANES
 
 
-def pitch(count: int) -> int:
-    """Numbers from one row of `count` to the next: whole vectors, and not a multiple of 1 KiB, because rows a power of
-    two apart fall on the same places of a cache."""
-    return whole(count) + (2 * LANES if whole(count) % 256 == 0 else 0)
+def _pitch(count: int) -> int:
+    """Numbers from one row of `count` to the next: whole vectors, and not a multiple of 256 bytes where only part of a
+    row is read at a time, because such rows fall on the same places of a cache."""
+    return whole(count) + (LANES if whole(count) % 64 == 0 and count > 64 else 0)
+
+
+def _span(size: int, row: int, at: tuple[int, int] | None) -> np.ndarray:
+    """The entry of `meta` for neurons that have a layer to themselves, their activations in rows of `row` numbers, with
+    weights `at` (where they start, and row by row)."""
+    found = np.zeros(FIELDS, np.int64)
+    found[[SIZE, X_ROW]], found[[W_AT, W_ROW]] = (size, row), at or (0, 0)
+    return found
 
 
 def _layers(
     lazy: LazyNetwork, dtype: str, order: Sequence[np.ndarray], weights: _Buffer, floats: _Buffer
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The entries of `meta` for hidden layers and for their groups; their weights, biases and scales are added."""
+    """The entries of `meta` for hidden layers and the spans of their groups, and of one more: bits that stand for the
+    groups where skipped neurons are filled in. Their weights, biases and scales are added."""
     groups = lazy.partition.groups
     layers = np.zeros((len(order), LAYER_FIELDS), np.int64)
-    spans = np.zeros((len(order), groups, FIELDS), np.int64)
+    spans = np.zeros((len(order), groups + 1, FIELDS), np.int64)
     for layer, numbers in enumerate(order):
         matrix, bias = lazy.target.linears[layer].weight.detach().numpy()[numbers], _bias(lazy, layer)[numbers]
         sizes = np.bincount(lazy.partition.membership[layer].numpy(), minlength=groups)
-        spans[layer, :, SIZE], spans[layer, :, FIRST] = sizes, np.cumsum(sizes) - sizes
-        # Rows of the first layer are written number by number, those above by whole vectors.
-        padded = sizes if layer == 0 else -(-sizes // LANES) * LANES
-        spans[layer, :, H_AT] = np.cumsum(padded) - padded
-        layers[layer, [NEURONS, H_ROW]] = len(numbers), padded.sum()
+        spans[layer, :, SIZE] = *sizes, _extra(lazy)
+        spans[layer, :, X_ROW] = -(-spans[layer, :, SIZE] // LANES) * LANES
+        padded = spans[layer, :-1, X_ROW]
+        spans[layer, :-1, H_AT] = np.cumsum(padded) - padded
+        for at, sized in ((FIRST, SIZE), (X_AT, X_ROW)):
+            spans[layer, :, at] = np.cumsum(spans[layer, :, sized]) - spans[layer, :, sized]
+        layers[layer, [NEURONS, H_ROW, SMALL]] = len(numbers), padded.sum(), len(numbers) < LEAST * groups
         rows = matrix.T if layer == 0 else _rows_below(lazy, layer, matrix, order[layer - 1])
         rows, scale = _quantised(rows, dtype)
-        layers[layer, [BELOW, W_ROW]] = len(rows), pitch(len(rows))
-        layers[layer, ROWS_AT] = weights.add(_wide(rows.T, pitch(len(rows))))
         biases, scales = np.zeros((2, padded.sum()), np.float32)
         for group in range(groups):
             first, size, at = spans[layer, group, [FIRST, SIZE, H_AT]]
             own = slice(first, first + size)
             biases[at : at + size], scales[at : at + size] = bias[own], scale[own]
-            spans[layer, group, W_AT] = weights.add(_wide(rows[:, own])) if layer else 0
+            spans[layer, group, [W_AT, W_ROW]] = weights.rows(rows[:, own])
         layers[layer, [BIAS, SCALE]] = floats.add(biases), floats.add(scales)
     return layers, spans
 
 
-def _gates(policy: Policy, decision: Decision, order: Sequence[np.ndarray], extra: int, floats: _Buffer) -> np.ndarray:
-    """The entries of `meta` for gates; their weights, biases and levels are added."""
-    found = np.zeros((len(policy.gates), FIELDS), np.int64)
+def _gates(
+    policy: Policy, decision: Decision, order: Sequence[np.ndarray], extra: int, floats: _Buffer
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """The entries of `meta` for gates and the spans of their logits; their weights, biases and levels are added."""
+    found, spans = np.zeros((len(policy.gates), GATE_FIELDS), np.int64), []
     for gate, linear in enumerate(policy.gates):
-        matrix = linear.weight.detach().numpy()
+        rows = linear.weight.detach().numpy().T
         if gate:  # as the layers above the first one: what was skipped adds nothing
-            matrix = np.concatenate([matrix[:, order[gate - 1]].T, np.zeros((extra, len(matrix)), np.float32)])
-        found[gate, GATE_WEIGHTS] = floats.add(_wide(matrix, 0 if gate else pitch(matrix.shape[1])))
-        found[gate, GATE_BIAS] = floats.add(linear.bias.detach().numpy())
+            rows = np.concatenate([rows[order[gate - 1]], np.zeros((extra, rows.shape[1]), np.float32)])
+        spans.append(_span(rows.shape[1], 0, floats.rows(rows)))
         level = decision.levels[gate] if isinstance(decision, Threshold) else 0.0
+        found[gate, GATE_BIAS] = floats.add(linear.bias.detach().numpy())
         found[gate, LEVEL] = floats.add(np.array([level], np.float32))
         found[gate, COUNT] = _count(decision, gate, len(linear.bias))
-    return found
+    return found, spans
 
 
 def _count(decision: Decision, gate: int, groups: int) -> int:
@@ -223,11 +243,6 @@ def _bias(lazy: LazyNetwork, layer: int) -> np.ndarray:
         return linear.bias.detach().numpy()
     filled: Tensor = linear.bias + linear.weight @ lazy.fill[layer - 1]
     return filled.detach().numpy()
-
-
-def _wide(rows: np.ndarray, width: int = 0) -> np.ndarray:
-    """Rows padded with zeros to `width`, or to whole vectors."""
-    return np.pad(rows, ((0, 0), (0, (width or whole(rows.shape[1])) - rows.shape[1])))
 
 
 def _quantised(matrix: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray]:

@@ -5,104 +5,115 @@ from typing import Any
 
 import numba
 
-from condcomp_lib.kernels.tiles import LANES, dot_tile, spread_tile
-
-BLOCK = 1024  # numbers of a row at a time where several rows share them: four rows of them stay in the L1 cache
-COLUMNS = 60  # neurons at a time: a block of their rows stays in the L2 cache, and 3 and 4 divide it
+from condcomp_lib.kernels.tiles import LANES, LINE, STEPS, panel_tile, spread_tile
 
 compiled: Callable[..., Any] = numba.njit(nogil=True, error_model="numpy", boundscheck=False)
+# Calls cost more than they look: arrays are counted and passed by many words.
+inlined: Callable[..., Any] = numba.njit(nogil=True, error_model="numpy", boundscheck=False, inline="always")
 
-_dot_4_3, _dot_4_2, _dot_4_1 = dot_tile(4, 3), dot_tile(4, 2), dot_tile(4, 1)
-_dot_3_3, _dot_3_1, _dot_2_4, _dot_2_1 = dot_tile(3, 3), dot_tile(3, 1), dot_tile(2, 4), dot_tile(2, 1)
-_dot_1_4, _dot_1_1 = dot_tile(1, 4), dot_tile(1, 1)
+# Lines of weights that a tile calls for in STEPS: tiles of few rows are done soon. One row takes them as they come.
+CALLS, PAIR_CALLS, ONE_CALLS = 3, 4, 2
+_panel_4_3, _panel_2_3, _panel_1_3 = panel_tile(4, 3, CALLS), panel_tile(2, 3, PAIR_CALLS), panel_tile(1, 3, 0)
+_panel_6_2, _panel_2_2, _panel_1_2 = panel_tile(6, 2, CALLS), panel_tile(2, 2, PAIR_CALLS), panel_tile(1, 2, 0)
+_panel_8_1, _panel_1_1 = panel_tile(8, 1, ONE_CALLS), panel_tile(1, 1, 0)
 # Few vectors leave registers for several rows of w at once, whose sums do not wait for one another.
 _spread_8, _spread_7, _spread_6, _spread_5 = spread_tile(8, 1), spread_tile(7, 1), spread_tile(6, 2), spread_tile(5, 2)
 _spread_4, _spread_3, _spread_2, _spread_1 = spread_tile(4, 2), spread_tile(3, 4), spread_tile(2, 4), spread_tile(1, 8)
 
 
-@compiled
-def _dot_4(x, x_row, k, listed, at, w, w_row, start, size, h, h_row, to, columns):  # type: ignore[no-untyped-def]
-    j = 0
-    while j + 3 <= columns:
-        _dot_4_3(x, x_row, k, listed, at, w, w_row, start + j * w_row, size, h, h_row, to + j)
-        j += 3
-    if j + 2 == columns:
-        _dot_4_2(x, x_row, k, listed, at, w, w_row, start + j * w_row, size, h, h_row, to + j)
-    elif j < columns:
-        _dot_4_1(x, x_row, k, listed, at, w, w_row, start + j * w_row, size, h, h_row, to + j)
+@inlined
+def panels(x, x_row, x_from, listed, at, count, every, w, w_row, w_from, columns, size, h, h_row, h_from, ahead, last):  # type: ignore[no-untyped-def]
+    """h[r, j] += sum over k of x[r, k] w[k, j] for the `count` rows r listed from `at` on and `columns` neurons, in
+    whole vectors. `size` is a multiple of STEPS; `every` lists 0, 1, 2, ... What lies from `ahead` up to `last` is
+    called into the cache, see `panel_tile`."""
+    line, j, end = size // STEPS * (LINE // w.itemsize), 0, at + count
+    if columns > 3 * LANES:
+        end -= count % 2
+    while at < end and j < columns:
+        left, own, to = columns - j, w_from + j, h_from + j
+        if left > 4 * LANES or 2 * LANES < left <= 3 * LANES:
+            ahead = _three(x, x_row, x_from, listed, at, end, w, w_row, own, size, h, h_row, to, ahead, last, line)
+            j += 3 * LANES
+        elif left > LANES:
+            ahead = _two(x, x_row, x_from, listed, at, end, w, w_row, own, size, h, h_row, to, ahead, last, line)
+            j += 2 * LANES
+        else:
+            ahead = _one(x, x_row, x_from, listed, at, end, w, w_row, own, size, h, h_row, to, ahead, last, line)
+            j += LANES
+    if end < at + count:  # one row of many vectors reads the weights through
+        row = listed[end]
+        spread(every, 0, x, x_from + row * x_row, size, w, w_row, w_from, columns, h, h_from + row * h_row)
+
+
+@inlined
+def _three(x, x_row, x_from, listed, at, end, w, w_row, w_from, size, h, h_row, h_from, ahead, last, line):  # type: ignore[no-untyped-def]
+    """Three vectors of neurons for the rows listed from `at` up to `end`; returns what to call for next."""
+    while at < end:
+        soon = ahead if ahead < last else w_from
+        if end - at >= 4:
+            _panel_4_3(x, x_row, x_from, listed, at, w, w_row, w_from, size, h, h_row, h_from, soon)
+            at, ahead = at + 4, ahead + CALLS * line
+        elif end - at >= 2:
+            _panel_2_3(x, x_row, x_from, listed, at, w, w_row, w_from, size, h, h_row, h_from, soon)
+            at, ahead = at + 2, ahead + PAIR_CALLS * line
+        else:
+            _panel_1_3(x, x_row, x_from, listed, at, w, w_row, w_from, size, h, h_row, h_from, soon)
+            at += 1
+    return ahead
+
+
+@inlined
+def _two(x, x_row, x_from, listed, at, end, w, w_row, w_from, size, h, h_row, h_from, ahead, last, line):  # type: ignore[no-untyped-def]
+    """The same for two vectors."""
+    while at < end:
+        soon = ahead if ahead < last else w_from
+        if end - at >= 6:
+            _panel_6_2(x, x_row, x_from, listed, at, w, w_row, w_from, size, h, h_row, h_from, soon)
+            at, ahead = at + 6, ahead + CALLS * line
+        elif end - at >= 2:
+            _panel_2_2(x, x_row, x_from, listed, at, w, w_row, w_from, size, h, h_row, h_from, soon)
+            at, ahead = at + 2, ahead + PAIR_CALLS * line
+        else:
+            _panel_1_2(x, x_row, x_from, listed, at, w, w_row, w_from, size, h, h_row, h_from, soon)
+            at += 1
+    return ahead
+
+
+@inlined
+def _one(x, x_row, x_from, listed, at, end, w, w_row, w_from, size, h, h_row, h_from, ahead, last, line):  # type: ignore[no-untyped-def]
+    """The same for one vector."""
+    while at < end:
+        soon = ahead if ahead < last else w_from
+        if end - at >= 8:
+            _panel_8_1(x, x_row, x_from, listed, at, w, w_row, w_from, size, h, h_row, h_from, soon)
+            at, ahead = at + 8, ahead + ONE_CALLS * line
+        else:
+            _panel_1_1(x, x_row, x_from, listed, at, w, w_row, w_from, size, h, h_row, h_from, soon)
+            at += 1
+    return ahead
 
 
 @compiled
-def _dot_3(x, x_row, k, listed, at, w, w_row, start, size, h, h_row, to, columns):  # type: ignore[no-untyped-def]
-    j = 0
-    while j + 3 <= columns:
-        _dot_3_3(x, x_row, k, listed, at, w, w_row, start + j * w_row, size, h, h_row, to + j)
-        j += 3
-    for rest in range(j, columns):
-        _dot_3_1(x, x_row, k, listed, at, w, w_row, start + rest * w_row, size, h, h_row, to + rest)
-
-
-@compiled
-def _dot_2(x, x_row, k, listed, at, w, w_row, start, size, h, h_row, to, columns):  # type: ignore[no-untyped-def]
-    j = 0
-    while j + 4 <= columns:
-        _dot_2_4(x, x_row, k, listed, at, w, w_row, start + j * w_row, size, h, h_row, to + j)
-        j += 4
-    for rest in range(j, columns):
-        _dot_2_1(x, x_row, k, listed, at, w, w_row, start + rest * w_row, size, h, h_row, to + rest)
-
-
-@compiled
-def _dot_1(x, x_row, k, listed, at, w, w_row, start, size, h, h_row, to, columns):  # type: ignore[no-untyped-def]
-    j = 0
-    while j + 4 <= columns:
-        _dot_1_4(x, x_row, k, listed, at, w, w_row, start + j * w_row, size, h, h_row, to + j)
-        j += 4
-    for rest in range(j, columns):
-        _dot_1_1(x, x_row, k, listed, at, w, w_row, start + rest * w_row, size, h, h_row, to + rest)
-
-
-@compiled
-def dot(x, x_row, listed, at, count, w, w_row, w_from, columns, size, h, h_row, h_from):  # type: ignore[no-untyped-def]
-    """h[r, j] += x[r] . w[j] for the `count` rows r listed from `at` on and `columns` rows of w."""
-    if count == 1:
-        _dot_1(x, x_row, 0, listed, at, w, w_row, w_from, size, h, h_row, h_from, columns)
-        return
-    for first in range(0, columns, COLUMNS):
-        some, to = min(COLUMNS, columns - first), h_from + first
-        for k in range(0, size, BLOCK):
-            part, row, start = min(BLOCK, size - k), at, w_from + first * w_row + k
-            while row + 4 <= at + count:
-                _dot_4(x, x_row, k, listed, row, w, w_row, start, part, h, h_row, to, some)
-                row += 4
-            if row + 3 == at + count:
-                _dot_3(x, x_row, k, listed, row, w, w_row, start, part, h, h_row, to, some)
-            elif row + 2 == at + count:
-                _dot_2(x, x_row, k, listed, row, w, w_row, start, part, h, h_row, to, some)
-            elif row < at + count:
-                _dot_1(x, x_row, k, listed, row, w, w_row, start, part, h, h_row, to, some)
-
-
-@compiled
-def spread(index, value, first, count, w, w_row, w_from, h, h_from):  # type: ignore[no-untyped-def]
-    """h[j] += sum of value x w[index, j] over `count` entries of the list, which zeros pad to whole vectors."""
+def spread(index, index_from, value, value_from, count, w, w_row, w_from, columns, h, h_from):  # type: ignore[no-untyped-def]
+    """h[j] += sum of value x w[index, j] over `count` entries of the list, which zeros pad to whole vectors, and whole
+    vectors of neurons that hold `columns`."""
     if not count:
         return
-    last, padded, vectors = first + count, first + (count + LANES - 1) // LANES * LANES, w_row // LANES
+    vectors, padded = (columns + LANES - 1) // LANES, (count + LANES - 1) // LANES * LANES
     while vectors > 7:
-        _spread_8(index, value, first, last, w, w_row, w_from, h, h_from)
+        _spread_8(index, index_from, value, value_from, count, w, w_row, w_from, h, h_from)
         vectors, w_from, h_from = vectors - 8, w_from + 8 * LANES, h_from + 8 * LANES
     if vectors == 7:
-        _spread_7(index, value, first, last, w, w_row, w_from, h, h_from)
+        _spread_7(index, index_from, value, value_from, count, w, w_row, w_from, h, h_from)
     elif vectors == 6:
-        _spread_6(index, value, first, padded, w, w_row, w_from, h, h_from)
+        _spread_6(index, index_from, value, value_from, padded, w, w_row, w_from, h, h_from)
     elif vectors == 5:
-        _spread_5(index, value, first, padded, w, w_row, w_from, h, h_from)
+        _spread_5(index, index_from, value, value_from, padded, w, w_row, w_from, h, h_from)
     elif vectors == 4:
-        _spread_4(index, value, first, padded, w, w_row, w_from, h, h_from)
+        _spread_4(index, index_from, value, value_from, padded, w, w_row, w_from, h, h_from)
     elif vectors == 3:
-        _spread_3(index, value, first, padded, w, w_row, w_from, h, h_from)
+        _spread_3(index, index_from, value, value_from, padded, w, w_row, w_from, h, h_from)
     elif vectors == 2:
-        _spread_2(index, value, first, padded, w, w_row, w_from, h, h_from)
+        _spread_2(index, index_from, value, value_from, padded, w, w_row, w_from, h, h_from)
     elif vectors == 1:
-        _spread_1(index, value, first, padded, w, w_row, w_from, h, h_from)
+        _spread_1(index, index_from, value, value_from, padded, w, w_row, w_from, h, h_from)

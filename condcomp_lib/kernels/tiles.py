@@ -1,6 +1,6 @@
-"""The two register tiles that all time goes into, written as LLVM vectors because a compiler does not find them.
+"""The register tiles that all time goes into, written as LLVM vectors because a compiler does not find them.
 
-Both keep sums in vector registers for the whole inner loop. They take flat arrays and offsets (in numbers, not bytes),
+They keep sums in vector registers for the whole inner loop, take flat arrays and offsets (in numbers, not bytes),
 check nothing, and run on any processor that LLVM knows; eight lanes fill one register of AVX2 and two of NEON.
 """
 
@@ -13,46 +13,63 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 LANES = 8
+STEPS = 4  # numbers of a row that a turn of the inner loop takes
+SUMS = 12  # vectors of sums that a tile keeps in registers
+AHEAD = 16  # entries of a list whose weights are on their way into the cache
+LINE = 64  # bytes of a cache line
 _FLOAT, _LONG, _INT = ir.FloatType(), ir.IntType(64), ir.IntType(32)
 _VECTOR = ir.VectorType(_FLOAT, LANES)
 _ZERO, _NOTHING = ir.Constant(_VECTOR, [0.0] * LANES), ir.Constant(_VECTOR, ir.Undefined)
 
 
-def dot_tile(rows: int, columns: int) -> Any:
-    """h[r_i, j] += x[r_i] . w[j] over `size` numbers, for `rows` listed rows of x and `columns` rows of w in turn.
+def panel_tile(rows: int, vectors: int, lines: int) -> Any:
+    """h[r_i, j] += sum over k of x[r_i, k] w[k, j] over `size` numbers k, for `rows` listed rows r_i of x and h and
+    `vectors` x LANES neurons j.
 
-    Of the intrinsic's arguments, `listed` (int64) holds from `at` on the rows r_i of x and h; `x`, `w` and `h`
+    Of the intrinsic's arguments, `listed` (int64) holds from `at` on the r_i, all different; `x`, `w` and `h`
     (float32; w also bfloat16 as uint16, or int8) start at `x_from`, `w_from` and `h_from` and have rows of `x_row`,
-    `w_row` and `h_row` numbers. `size` is a multiple of LANES.
+    `w_row` and `h_row` numbers. `size` is a multiple of STEPS, not zero. Meanwhile `lines` lines of w for
+    each STEPS of it are called into the L2 cache, from `ahead` on: nothing is read there, so it may be anywhere.
     """
+    # A sum waits some steps for its last addition: twelve of them keep the processor busy.
+    sets = min(STEPS, SUMS // (rows * vectors))
 
     @intrinsic
-    def tile(typing, x, x_row, x_from, listed, at, w, w_row, w_from, size, h, h_row, h_from):  # type: ignore[no-untyped-def]  # noqa: ARG001
+    def tile(typing, x, x_row, x_from, listed, at, w, w_row, w_from, size, h, h_row, h_from, ahead):  # type: ignore[no-untyped-def]  # noqa: ARG001
         def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-            x, x_row, x_from, listed, at, w, w_row, w_from, size, h, h_row, h_from = _data(
+            x, x_row, x_from, listed, at, w, w_row, w_from, size, h, h_row, h_from, ahead = _data(
                 context, builder, signature, args
             )
-            listed_at = builder.gep(listed, [at])
-            numbers = [builder.load(builder.gep(listed_at, [_LONG(i)])) for i in range(rows)]
+            listed, multiply_add = builder.gep(listed, [at]), _multiply_add(builder)
+            numbers = [builder.load(builder.gep(listed, [_LONG(i)])) for i in range(rows)]
             xs = [builder.gep(x, [builder.add(builder.mul(row, x_row), x_from)]) for row in numbers]
-            ws = [builder.gep(w, [builder.add(w_from, builder.mul(_LONG(j), w_row))]) for j in range(columns)]
-            multiply_add = _multiply_add(builder)
+            hs = [builder.gep(h, [builder.add(builder.mul(row, h_row), h_from)]) for row in numbers]
+            w, far = builder.gep(w, [w_from]), builder.gep(w, [ahead])
+            line = LINE * 8 // w.type.pointee.width if isinstance(w.type.pointee, ir.IntType) else LINE // 4
 
             def step(k: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
-                weights = [_weights(builder, row, k) for row in ws]
-                inputs = [_load(builder, row, k) for row in xs]
-                pairs = [(a, b) for a in inputs for b in weights]
-                return [builder.call(multiply_add, [a, b, total]) for (a, b), total in zip(pairs, sums, strict=True)]
+                found = list(sums)
+                for number in range(lines):
+                    start = builder.mul(k, _LONG(lines * line // STEPS))
+                    _call(builder, far, builder.add(start, _LONG(number * line)))
+                for u in range(STEPS):
+                    at = builder.add(k, _LONG(u))
+                    row = builder.mul(at, w_row)
+                    weights = [_weights(builder, w, builder.add(row, _LONG(LANES * j))) for j in range(vectors)]
+                    for i in range(rows):
+                        times = _everywhere(builder, builder.load(builder.gep(xs[i], [at])))
+                        for j, vector in enumerate(weights, (u % sets * rows + i) * vectors):
+                            found[j] = builder.call(multiply_add, [times, vector, found[j]])
+                return found
 
-            sums = _loop(builder, _LONG(0), size, LANES, [_ZERO] * (rows * columns), step)
-            for i, row in enumerate(numbers):
-                to = builder.gep(h, [builder.add(builder.mul(row, h_row), h_from)])
-                for j in range(columns):
-                    cell = builder.gep(to, [_LONG(j)])
-                    builder.store(builder.fadd(builder.load(cell), _across(builder, sums[i * columns + j])), cell)
+            cells = [(hs[i], _LONG(LANES * j)) for i in range(rows) for j in range(vectors)]
+            before = [_load(builder, *cell) for cell in cells] + [_ZERO] * ((sets - 1) * len(cells))
+            sums = _loop(builder, size, STEPS, before, step)
+            for number, cell in enumerate(cells):
+                _store(builder, sums[number :: len(cells)], *cell)
             return context.get_dummy_value()
 
-        return types.void(x, x_row, x_from, listed, at, w, w_row, w_from, size, h, h_row, h_from), codegen
+        return types.void(x, x_row, x_from, listed, at, w, w_row, w_from, size, h, h_row, h_from, ahead), codegen
 
     return tile
 
@@ -60,22 +77,29 @@ def dot_tile(rows: int, columns: int) -> Any:
 def spread_tile(vectors: int, unroll: int) -> Any:
     """h[j] += sum over the list of value x w[index, j], for `vectors` x LANES neurons j.
 
-    Of the intrinsic's arguments, `index` (int64) and `value` (float32) hold the list from `first` up to `last`, of a
-    length that `unroll` divides, not zero; `w` (as for `dot_tile`) and `h` (float32) start at `w_from` and `h_from`,
-    and rows of w have `w_row` numbers.
+    Of the intrinsic's arguments, `index` (int64) and `value` (float32) hold the list, `count` entries from `index_from`
+    and `value_from` on: a number that `unroll` divides, not zero; `w` (as for `panel_tile`) and `h` (float32) start at
+    `w_from` and `h_from`, and rows of w have `w_row` numbers.
     """
 
     @intrinsic
-    def tile(typing, index, value, first, last, w, w_row, w_from, h, h_from):  # type: ignore[no-untyped-def]  # noqa: ARG001
+    def tile(typing, index, index_from, value, value_from, count, w, w_row, w_from, h, h_from):  # type: ignore[no-untyped-def]  # noqa: ARG001
         def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-            index, value, first, last, w, w_row, w_from, h, h_from = _data(context, builder, signature, args)
-            w, h, multiply_add = builder.gep(w, [w_from]), builder.gep(h, [h_from]), _multiply_add(builder)
+            index, index_from, value, value_from, count, w, w_row, w_from, h, h_from = _data(
+                context, builder, signature, args
+            )
+            starts = ((index, index_from), (value, value_from), (w, w_from), (h, h_from))
+            index, value, w, h = (builder.gep(base, [at]) for base, at in starts)
+            multiply_add = _multiply_add(builder)
 
             def step(t: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
                 found = []
                 for u in range(unroll):
                     at = builder.add(t, _LONG(u))
                     row = builder.mul(builder.load(builder.gep(index, [at])), w_row)
+                    soon = builder.mul(builder.load(builder.gep(index, [builder.add(at, _LONG(AHEAD))])), w_row)
+                    for j in range(0, vectors, 2):
+                        _call(builder, w, builder.add(soon, _LONG(LANES * j)))
                     weights, times = builder.gep(w, [row]), _everywhere(builder, builder.load(builder.gep(value, [at])))
                     for j in range(vectors):
                         vector = _weights(builder, weights, _LONG(LANES * j))
@@ -83,16 +107,47 @@ def spread_tile(vectors: int, unroll: int) -> Any:
                 return found
 
             before = [_load(builder, h, _LONG(LANES * j)) for j in range(vectors)]
-            sums = _loop(builder, first, last, unroll, before + [_ZERO] * (vectors * (unroll - 1)), step)
+            sums = _loop(builder, count, unroll, before + [_ZERO] * (vectors * (unroll - 1)), step)
             for j in range(vectors):
-                total = sums[j]
-                for u in range(1, unroll):
-                    total = builder.fadd(total, sums[u * vectors + j])
-                cell = builder.bitcast(builder.gep(h, [_LONG(LANES * j)]), _VECTOR.as_pointer())
-                builder.store(total, cell, align=4)
+                _store(builder, sums[j::vectors], h, _LONG(LANES * j))
             return context.get_dummy_value()
 
-        return types.void(index, value, first, last, w, w_row, w_from, h, h_from), codegen
+        return types.void(index, index_from, value, value_from, count, w, w_row, w_from, h, h_from), codegen
+
+    return tile
+
+
+def row_tile(kind: str) -> Any:
+    """to[j] = a[j] x factor ("scaled"), max(a[j] + b[j], 0) x factor ("rectified"), or 0 ("cleared").
+
+    For `size` numbers, at least one, and those behind them that fill a vector. All are float32, from `to_from`,
+    `a_from` and `b_from` on.
+    """
+
+    @intrinsic
+    def tile(typing, to, to_from, a, a_from, b, b_from, factor, size):  # type: ignore[no-untyped-def]  # noqa: ARG001
+        def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+            to, to_from, a, a_from, b, b_from, factor, size = _data(context, builder, signature, args)
+            to, a, b = (builder.gep(base, [at]) for base, at in ((to, to_from), (a, a_from), (b, b_from)))
+            factor = _everywhere(builder, factor)
+
+            def step(k: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
+                found = _ZERO
+                if kind == "scaled":
+                    found = builder.fmul(_load(builder, a, k), factor)
+                elif kind == "rectified":
+                    total = builder.fadd(_load(builder, a, k), _load(builder, b, k))
+                    kept = builder.select(
+                        builder.fcmp_ordered("<", total, _ZERO), _ZERO, total
+                    )  # what is no number stays
+                    found = builder.fmul(kept, factor)
+                _store(builder, [found], to, k)
+                return sums
+
+            _loop(builder, size, LANES, [], step)
+            return context.get_dummy_value()
+
+        return types.void(to, to_from, a, a_from, b, b_from, factor, size), codegen
 
     return tile
 
@@ -107,13 +162,12 @@ def _data(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> lis
 
 def _loop(
     builder: ir.IRBuilder,
-    first: ir.Value,
     last: ir.Value,
     stride: int,
     sums: list[ir.Value],
     step: Callable[[ir.Value, list[ir.Value]], list[ir.Value]],
 ) -> list[ir.Value]:
-    """`sums` after `step` at first, first + stride, ... below last; at least once."""
+    """`sums` after `step` at 0, stride, ... below `last`; at least once."""
     before, body = builder.block, builder.append_basic_block("tile")
     after = builder.append_basic_block("tile.end")
     builder.branch(body)
@@ -121,7 +175,7 @@ def _loop(
     at, held = builder.phi(_LONG), [builder.phi(_VECTOR) for _ in sums]
     found = step(at, held)
     following = builder.add(at, _LONG(stride))
-    for phi, start, end in zip([at, *held], [first, *sums], [following, *found], strict=True):
+    for phi, start, end in zip([at, *held], [_LONG(0), *sums], [following, *found], strict=True):
         phi.add_incoming(start, before)
         phi.add_incoming(end, body)
     builder.cbranch(builder.icmp_signed("<", following, last), body, after)
@@ -158,12 +212,18 @@ def _everywhere(builder: ir.IRBuilder, number: ir.Value) -> ir.Value:
     return builder.shuffle_vector(one, _NOTHING, ir.Constant(ir.VectorType(_INT, LANES), [0] * LANES))
 
 
-def _across(builder: ir.IRBuilder, vector: ir.Value) -> ir.Value:
-    """The sum of a vector's lanes, by halves."""
-    lanes = LANES
-    while lanes > 1:
-        lanes //= 2
-        kind, nothing = ir.VectorType(_INT, lanes), ir.Constant(vector.type, ir.Undefined)
-        low, high = (ir.Constant(kind, list(range(at, at + lanes))) for at in (0, lanes))
-        vector = builder.fadd(*(builder.shuffle_vector(vector, nothing, half) for half in (low, high)))
-    return builder.extract_element(vector, _INT(0))
+def _store(builder: ir.IRBuilder, sums: list[ir.Value], base: ir.Value, offset: ir.Value) -> None:
+    """The total of vectors, written anywhere."""
+    total = sums[0]
+    for part in sums[1:]:
+        total = builder.fadd(total, part)
+    builder.store(total, builder.bitcast(builder.gep(base, [offset]), _VECTOR.as_pointer()), align=4)
+
+
+def _call(builder: ir.IRBuilder, base: ir.Value, offset: ir.Value) -> None:
+    """Ask for a line of memory that will be read soon."""
+    byte = ir.IntType(8).as_pointer()
+    kind = ir.FunctionType(ir.VoidType(), [byte, _INT, _INT, _INT])
+    prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
+    to_read, into_l2, of_data = _INT(0), _INT(2), _INT(1)
+    builder.call(prefetch, [builder.bitcast(builder.gep(base, [offset]), byte), to_read, into_l2, of_data])

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from condcomp_lib.kernels.pack import aligned
-from condcomp_lib.kernels.tiles import dot_tile
+from condcomp_lib.kernels.tiles import LANES, panel_tile
 from condcomp_lib.targets import MLP
 
 Engine = Callable[[np.ndarray], Any]
@@ -120,13 +120,13 @@ def best(measured: Sequence[Machine]) -> Machine:
     return Machine(max(m.multiply_adds for m in measured), max(m.bandwidth for m in measured), measured[0].buffer)
 
 
-_tile = dot_tile(4, 3)
+_tile = panel_tile(4, 3, 0)
 
 
 @numba.njit(nogil=True)
 def _busy(x, listed, w, size, h, times):  # type: ignore[no-untyped-def]
     for _ in range(times):
-        _tile(x, 0, 0, listed, 0, w, 0, 0, size, h, 3, 0)  # the same row four times, and three times
+        _tile(x, 0, 0, listed, 0, w, 3 * LANES, 0, size, h, 3 * LANES, 0, 0)  # the same row of x four times
 
 
 @numba.njit(nogil=True, fastmath=True)
@@ -139,13 +139,13 @@ def _read(numbers):  # type: ignore[no-untyped-def]
 
 def machine(buffer: int, repeats: int = 20) -> Machine:
     """Measure this machine, the best of `repeats`; `buffer` bytes, as many as the weights that are to be read."""
-    size, times = 3072, 200  # two rows of 12 KiB stay in the L1 cache, and sums across lanes are rare
-    x, w, h = (aligned(numbers, np.float32) for numbers in (size, size, 12))
+    size, times = 128, 2000  # 12 KiB of weights stay in the L1 cache
+    x, w, h = (aligned(numbers, np.float32) for numbers in (size, 3 * LANES * size, 4 * 3 * LANES))
     x[:], w[:] = 1e-3, 1e-3
     listed, numbers = np.arange(4), aligned(max(buffer, 4096) // 4, np.float32)
     numbers[:] = 1
     work = {
-        "multiply-adds": (lambda: _busy(x, listed, w, size, h, times), 12 * size * times),
+        "multiply-adds": (lambda: _busy(x, listed, w, size, h, times), 12 * LANES * size * times),
         "bytes": (lambda: _read(numbers), 4 * len(numbers)),
     }
     rates = {}

@@ -25,7 +25,7 @@ from condcomp_lib.studies import block_results
 from condcomp_lib.targets import MLP
 from condcomp_lib.training import control_width
 
-RECIPE = 1
+RECIPE = 2
 NET = "3072-800-800-800-10"
 SMALL = "64-64-64-10"
 BATCHES, ACTIVITIES = (1, 8, 32, 128, 512), (0.125, 0.25, 0.5)
