@@ -121,10 +121,12 @@ same = all(torch.allclose(a, full[g], atol=1e-5) for a, g in zip(rows, wanted, s
 print(f"{len(wanted)} of {groups} panels, the same activations: {same}")
 
 # %% [markdown]
-# For many examples with masks of their own, turn the loop around: for each *group*, gather the examples that want it, and
-# multiply them by its panel together, so that a weight is read once for all of them. Above the first layer both sides
-# are sparse: an evaluated neuron below that is not zero after its ReLU adds one row of each wanted group above. The kernels do
-# this with register tiles written as vector code (`kernels/tiles.py`); decision and policy are in the same call.
+# For many examples with masks of their own, turn the loop around: for each *group*, list the examples that want it, and
+# multiply them by its panel together, so that a weight is read once for all of them, while the next panel is on its way into
+# the cache. Above the first layer both sides are sparse: for each *pair* of groups, the examples that want both. Few examples
+# share no pairs; theirs are lists of the neurons below that are not zero after their ReLU, each of which adds a row of the
+# panel above. The kernels do this with register tiles written as vector code (`kernels/tiles.py`); decision and policy are in
+# the same call.
 #
 # ## Compile a lazy network
 #
@@ -164,8 +166,9 @@ for name, why in skipped.items():
 # timed too. Untrained weights, and standard normal inputs, whose masks differ from example to example as much as masks can
 # (time does not depend on what a network has learned; trained ones follow below). Each row sets the compiled
 # network against the **fastest** of eager PyTorch, `torch.compile` and ONNX Runtime: interleaved repeats, at least 64 different
-# inputs in turn, one thread, float32. Left: one example at a time; more groups cost more policy. Right: 16 groups, one mask
-# shared by the examples of a minibatch, as in *dropout-policies*.
+# inputs in turn, one thread, float32. Left: one example at a time; more groups cost more policy, and a
+# group's weights are kept in whole vectors of eight neurons, so that groups of three (256 over the layers) read more than they
+# need. Right: 16 groups, one mask shared by the examples of a minibatch, as in *dropout-policies*.
 
 # %%
 records = studies.records("blocks", profile)
@@ -223,7 +226,7 @@ trained = studies.records("blocks-accuracy", profile)
 widest = blocks_accuracy.rivals(trained)
 fig, ax = plt.subplots(figsize=(7.5, 4.4))
 time_plots.time_and_accuracy(blocks_accuracy.points(trained, widest), ax)
-fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3)
 plots.save_figure(fig, "blocks_accuracy", [*trained, *widest], profile)
 plt.show()
 
