@@ -17,9 +17,9 @@ LEAST = 16  # neurons of a group, in the mean, from which on products with all o
 DTYPES = ("float32", "bfloat16", "int8")  # of the target's weights; everything else is float32
 
 # Where the numbers of `Packed.meta` stand. First single ones, ...
-INPUTS, CLASSES, GROUPS, GATES, LAYERS, TANH, RESCALED, FILLED, ALWAYS_ON, BUDGETED, SCALED = range(11)
-POOL, CHANNELS, HEIGHT, WIDTH, WIDEST, LONGEST, LOGITS_ROW, READ_ROWS, OUT_BIAS, OUT_SCALE = range(11, 21)
-HEAD = 21
+INPUTS, CLASSES, GROUPS, GATES, LAYERS, TANH, RESCALED, ALWAYS_ON, BUDGETED, SCALED = range(10)
+POOL, CHANNELS, HEIGHT, WIDTH, WIDEST, LONGEST, LOGITS_ROW, READ_ROWS, OUT_BIAS, OUT_SCALE = range(10, 20)
+HEAD = 20
 # ... then for each hidden layer these, ...
 NEURONS, H_ROW, BIAS, SCALE, SMALL = range(5)
 LAYER_FIELDS = 5
@@ -130,8 +130,8 @@ def pack(lazy: LazyNetwork, dtype: str = "float32") -> Packed:
     head[[INPUTS, CLASSES, GROUPS]] = lazy.target.linears[0].in_features, last.out_features, lazy.partition.groups
     head[[GATES, LAYERS]] = len(lazy.policy.gates), len(order)
     head[[TANH, RESCALED]] = isinstance(lazy.target.activation, nn.Tanh), lazy.rescale == "activity"
-    head[[FILLED, ALWAYS_ON]] = lazy.fill is not None, lazy.policy.always_on
-    head[[BUDGETED, SCALED]] = isinstance(lazy.decision, Budget), dtype == "int8"
+    head[[ALWAYS_ON, BUDGETED]] = lazy.policy.always_on, isinstance(lazy.decision, Budget)
+    head[SCALED] = dtype == "int8"
     if pool := lazy.policy.pool:
         head[[POOL, CHANNELS, HEIGHT, WIDTH]] = pool.size, *pool.shape
     head[WIDEST] = max(*layers[:, H_ROW], whole(last.out_features), whole(lazy.partition.groups))

@@ -79,7 +79,8 @@ def spread_tile(vectors: int, unroll: int) -> Any:
 
     Of the intrinsic's arguments, `index` (int64) and `value` (float32) hold the list, `count` entries from `index_from`
     and `value_from` on: a number that `unroll` divides, not zero; `w` (as for `panel_tile`) and `h` (float32) start at
-    `w_from` and `h_from`, and rows of w have `w_row` numbers.
+    `w_from` and `h_from`, and rows of w have `w_row` numbers. `index` is read AHEAD entries further, to call for
+    the rows of w that they name: whatever stands there will do.
     """
 
     @intrinsic
