@@ -4,6 +4,8 @@ import errno
 import json
 import os
 import secrets
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -75,3 +77,22 @@ def store_error(path: Path, error: OSError) -> StoreError:
     }
     remedy = remedies.get(error.errno or 0, "check that its folder exists and can be written")
     return StoreError(f"cannot use {path}: {error.strerror or error}; {remedy}")
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` compiled by numba at its first call, and kept in numba's cache where that can be written."""
+    import numba
+
+    try:
+        return numba.njit(nogil=True, error_model="numpy", cache=True)(function)
+    except RuntimeError as error:
+        warnings.warn(f"numba's cache cannot be written ({error}): kernels are compiled anew in every process; set "
+                      "NUMBA_CACHE_DIR to a folder that can be", stacklevel=2)  # fmt: skip
+        return numba.njit(nogil=True, error_model="numpy")(function)
+
+
+def inlined(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` to be used inside compiled ones, where its text takes the place of the call."""
+    import numba
+
+    return numba.njit(nogil=True, error_model="numpy", inline="always")(function)

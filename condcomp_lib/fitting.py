@@ -1,8 +1,9 @@
 """One training loop for targets, controls and policies: optimiser, schedule, early stopping, and what a NaN does."""
 
 import copy
+import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,8 @@ OPTIMISERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "momentum": lambda weights, lr: torch.optim.SGD(weights, lr=lr, momentum=0.9, nesterov=True, fused=True),
 }
 State = dict[str, Tensor]
+# The minibatches of an epoch over so many examples: their numbers (int64), drawn from the generator.
+Minibatches = Callable[[int, torch.Generator], Iterable[Tensor]]
 
 
 class TrainingError(CondcompError):
@@ -97,14 +100,15 @@ def fit(
     *,
     keep: str = "best",
     rates: Sequence[tuple[nn.Module, float]] = (),
+    minibatches: Minibatches | None = None,
     progress: str | None = None,
 ) -> Fitted:
     """Train the parameters of `model` that require gradients, and leave the kept weights in it.
 
     Arguments: `loss(rows)` of the examples with these numbers (int64); `score()` after each epoch, higher is better;
     `settings` as from `plan`; `generator` shuffles; `keep` the "best" epoch's weights or the "last" one's; `rates`
-    parts of `model` with a learning rate of their own (the schedule is the same); `progress` the title of a progress
-    bar (None: no bar).
+    parts of `model` with a learning rate of their own (the schedule is the same); `minibatches` of each epoch (None:
+    all examples, shuffled); `progress` the title of a progress bar (None: no bar).
 
     Raises TrainingError, with the step named and the last good epoch's weights in it, when the loss is no number.
     """
@@ -114,11 +118,13 @@ def fit(
     optimiser = OPTIMISERS[settings["optimiser"]](_with_rates(weights, rates), settings["learning_rate"])
     size = min(examples, settings.get("epoch_examples", examples))
     steps = settings["max_epochs"] * math.ceil(size / settings["batch"])
+    if minibatches is None:
+        minibatches = functools.partial(_shuffled, examples, settings["batch"])
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, SCHEDULES[settings["schedule"]](steps))
     good = copy.deepcopy(model.state_dict())
     best, best_epoch, curve = good, 0, []
     for epoch in tqdm(range(1, settings["max_epochs"] + 1), desc=progress, unit="epoch", disable=progress is None):
-        for step, rows in enumerate(torch.randperm(examples, generator=generator)[:size].split(settings["batch"])):
+        for step, rows in enumerate(minibatches(size, generator)):
             value = loss(rows)
             if not math.isfinite(value.item()):
                 model.load_state_dict(good)
@@ -139,6 +145,44 @@ def fit(
     state, chosen = (best, best_epoch) if keep == "best" else (good, len(curve))
     model.load_state_dict(state)
     return Fitted(state, curve, chosen)
+
+
+def _shuffled(examples: int, batch: int, size: int, generator: torch.Generator) -> Sequence[Tensor]:
+    return torch.randperm(examples, generator=generator)[:size].split(batch)
+
+
+class Balanced:
+    """Class-balanced minibatches: as many examples of each class, as far as `batch` can be divided, the remaining ones
+    from classes drawn without repetition. Each class is passed through in an order of its own, again and again.
+
+    Arguments: `y` (int64, examples) labels below `classes`.
+    Raises UsageError for a class without examples, and for minibatches that cannot hold every class.
+    """
+
+    def __init__(self, y: Tensor, classes: int, batch: int) -> None:
+        if batch < classes:
+            raise UsageError(f"class-balanced minibatches hold every class: batch must be at least {classes}, not "
+                             f"{batch}")  # fmt: skip
+        self.rows = [(y == label).nonzero()[:, 0] for label in range(classes)]
+        for label, rows in enumerate(self.rows):
+            if not len(rows):
+                raise UsageError(f"class {label} has no training example, so minibatches cannot be class-balanced")
+        self.batch, self.left = batch, [rows[:0] for rows in self.rows]
+
+    def __call__(self, size: int, generator: torch.Generator) -> Iterator[Tensor]:
+        """The minibatches of an epoch of `size` examples, see Minibatches."""
+        each, more = divmod(self.batch, len(self.rows))
+        for _ in range(math.ceil(size / self.batch)):
+            extra = set(torch.randperm(len(self.rows), generator=generator)[:more].tolist())
+            parts = [self._take(label, each + (label in extra), generator) for label in range(len(self.rows))]
+            yield torch.cat(parts)
+
+    def _take(self, label: int, count: int, generator: torch.Generator) -> Tensor:
+        while len(self.left[label]) < count:
+            rows = self.rows[label]
+            self.left[label] = torch.cat([self.left[label], rows[torch.randperm(len(rows), generator=generator)]])
+        taken, self.left[label] = self.left[label][:count], self.left[label][count:]
+        return taken
 
 
 def _with_rates(weights: Sequence[nn.Parameter], rates: Sequence[tuple[nn.Module, float]]) -> list[dict[str, Any]]:

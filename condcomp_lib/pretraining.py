@@ -1,7 +1,9 @@
 """Ways to train a target with lazy evaluation in mind (*partitions*, section 4): dropout, fixed or at random rates,
-and moved pictures."""
+penalties of the activations (that of class flow: `flow`), and moved pictures."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,15 +12,26 @@ from torch.nn.functional import pad
 from condcomp_lib.errors import UsageError, unknown
 from condcomp_lib.targets import MLP
 
-# Names as in `published.csv`; "dropout-uniform-literal" is the other reading of the paper's sentence.
-PRETRAINING = ("none", "dropout-0.5", "dropout-uniform", "dropout-uniform-literal")
+# Names as in `published.csv` where it has them; "dropout-uniform-literal" is the other reading of the paper's sentence.
+DROPOUT = (
+    "dropout-0.5",
+    "dropout-uniform",
+    "dropout-uniform-literal",
+    "dropout-uniform-example",
+    "dropout-uniform-layer",
+)
+ACTIVATION = ("l1", "hoyer")  # penalties of the hidden activations
+PENALTIES = ("flow", *ACTIVATION)
+PRETRAINING = ("none", *DROPOUT, *PENALTIES)
 LITERAL_LEAST_KEEP = 0.05
 
-KeepRate = Callable[[], float]
+Keep = float | Tensor  # of a layer, or of each example in it (float32, examples x 1)
+KeepRates = Callable[[int, int], list[Keep]]
 
 
-def check(pretraining: str, eps: float | None) -> None:
-    """Raise UsageError unless `pretraining` is known and `eps` is given exactly where rates are random."""
+def check(pretraining: str, eps: float | None, penalty: Mapping[str, Any] | None = None) -> None:
+    """Raise UsageError unless `pretraining` is known, `eps` is given exactly where rates are random, and a `penalty`
+    exactly where there is one, with a coefficient above zero."""
     if pretraining not in PRETRAINING:
         raise unknown("pretraining", pretraining, PRETRAINING)
     if not pretraining.startswith("dropout-uniform"):
@@ -26,43 +39,81 @@ def check(pretraining: str, eps: float | None) -> None:
             raise UsageError(f"eps={eps} goes with random dropout rates only, not with {pretraining!r}")
     elif eps is None or not 0 < eps <= 1:
         raise UsageError(f"{pretraining} needs eps, the least rate, in (0, 1], not {eps}")
+    if (penalty is None) == (pretraining in PENALTIES):
+        raise UsageError(f"a penalty with its coefficient goes with {', '.join(PENALTIES)}, and only there; not "
+                         f"{penalty} with {pretraining!r}")  # fmt: skip
+    if penalty is not None and not 0 <= penalty.get("coefficient", -1) < math.inf:
+        raise UsageError(f"the penalty's coefficient must be a number of at least 0, not {penalty.get('coefficient')}")
 
 
-def keep_rates(pretraining: str, eps: float | None, generator: torch.Generator) -> KeepRate | None:
-    """A function that gives the keep probability of the next minibatch; None where nothing is dropped.
+def keep_rates(pretraining: str, eps: float | None, generator: torch.Generator) -> KeepRates | None:
+    """A function that gives the keep probabilities of the next minibatch, one for each of so many layers, from the
+    numbers of examples and layers; None where nothing is dropped.
 
     - "dropout-0.5": always 0.5.
     - "dropout-uniform": U[eps, 1], our reading of *partitions*, section 4.1: the rate drawn for each minibatch is the
       probability to *keep* a neuron.
+    - "dropout-uniform-layer", "dropout-uniform-example": drawn for each layer of a minibatch, or each example of it.
     - "dropout-uniform-literal": the rate drawn from U[eps, 1] is the probability to *drop*; a rate of 1 would leave
       nothing, so at least LITERAL_LEAST_KEEP is kept.
 
-    >>> keep_rates("dropout-0.5", None, torch.Generator())()
-    0.5
+    >>> keep_rates("dropout-0.5", None, torch.Generator())(128, 2)
+    [0.5, 0.5]
     """
-    check(pretraining, eps)
-    if pretraining == "none":
+    if pretraining not in DROPOUT:
         return None
+    check(pretraining, eps)
     if pretraining == "dropout-0.5":
-        return lambda: 0.5
+        return lambda examples, layers: [0.5] * layers  # noqa: ARG005
     least = eps or 0.0
 
     def draw() -> float:
         return least + (1 - least) * torch.rand((), generator=generator).item()
 
-    return draw if pretraining == "dropout-uniform" else lambda: max(1 - draw(), LITERAL_LEAST_KEEP)
+    ways: dict[str, KeepRates] = {
+        "dropout-uniform": lambda examples, layers: [draw()] * layers,  # noqa: ARG005
+        "dropout-uniform-literal": lambda examples, layers: [max(1 - draw(), LITERAL_LEAST_KEEP)] * layers,  # noqa: ARG005
+        "dropout-uniform-layer": lambda examples, layers: [draw() for _ in range(layers)],  # noqa: ARG005
+        "dropout-uniform-example": lambda examples, layers: (
+            [least + (1 - least) * torch.rand(examples, 1, generator=generator)] * layers
+        ),
+    }
+    return ways[pretraining]
 
 
-def dropped(h: Tensor, keep: float, generator: torch.Generator) -> Tensor:
+def dropped(h: Tensor, keep: Keep, generator: torch.Generator) -> Tensor:
     """Activations with each entry kept with probability `keep` and divided by it (inverted scaling), else zero.
 
-    Arguments: `h` float32 (examples x neurons); `keep` in (0, 1]. At 1 nothing is drawn and `h` itself comes back.
+    Arguments: `h` float32 (examples x neurons); `keep` in (0, 1], one number or one for each example (examples x 1).
+    At 1 nothing is drawn and `h` itself comes back.
     """
+    if isinstance(keep, Tensor):
+        return h * torch.bernoulli(keep.expand_as(h), generator=generator) / keep
     if not 0 < keep <= 1:
         raise UsageError(f"keep probability {keep} is outside (0, 1]")
     if keep == 1:
         return h
     return h * torch.empty_like(h).bernoulli_(keep, generator=generator).div_(keep)
+
+
+def activation_penalty(hidden: Sequence[Tensor], kind: str) -> Tensor:
+    """A penalty that is small where few neurons fire, summed over the hidden layers (float32).
+
+    "l1": the mean of |h|. "hoyer": the square Hoyer measure (sum_i |h_i|)^2 / sum_i h_i^2 of each example over the
+    layer's width, between 1 / width (one neuron fires) and 1 (all fire alike), averaged; it leaves the scale alone.
+
+    Arguments: `hidden` activations of each hidden layer (float32, examples x neurons).
+
+    >>> activation_penalty([torch.tensor([[1.0, 0.0, 0.0, 1.0]])], "hoyer")
+    tensor(0.5000)
+    """
+    if kind not in ACTIVATION:
+        raise unknown("activation penalty", kind, ACTIVATION)
+    if kind == "l1":
+        return torch.stack([h.abs().mean() for h in hidden]).sum()
+    tiny = torch.finfo(hidden[0].dtype).tiny  # an example for which no neuron fires counts as zero
+    shares = [h.abs().sum(1).square() / h.square().sum(1).clamp(min=tiny) / h.shape[1] for h in hidden]
+    return torch.stack([share.mean() for share in shares]).sum()
 
 
 def shifted(x: Tensor, shape: tuple[int, int, int], most: int, generator: torch.Generator) -> Tensor:
@@ -83,8 +134,19 @@ def shifted(x: Tensor, shape: tuple[int, int, int], most: int, generator: torch.
     ].flatten(1)
 
 
-def scores_with_dropout(target: MLP, x: Tensor, keep: float, generator: torch.Generator) -> Tensor:
-    """Scores (float32, examples x classes) of `x` with dropout on every hidden layer, never on the input."""
-    for layer in target.linears[:-1]:
-        x = dropped(target.activation(layer(x)), keep, generator)
+def scores_with_dropout(target: MLP, x: Tensor, keep: Keep | Sequence[Keep], generator: torch.Generator) -> Tensor:
+    """Scores (float32, examples x classes) of `x` with dropout on every hidden layer, never on the input; `keep` one
+    probability for all of them or one for each."""
+    rates = [keep] * len(target.hidden) if isinstance(keep, float | int | Tensor) else keep
+    for layer, rate in zip(target.linears[:-1], rates, strict=True):
+        x = dropped(target.activation(layer(x)), rate, generator)
     return target.linears[-1](x)
+
+
+def scores_and_hidden(target: MLP, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Scores (float32, examples x classes) of `x`, and the activations of each hidden layer (examples x neurons)."""
+    hidden = []
+    for layer in target.linears[:-1]:
+        x = target.activation(layer(x))
+        hidden.append(x)
+    return target.linears[-1](x), hidden

@@ -5,7 +5,7 @@ A trained target or control lies in the artefact cache under its spec and is tra
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, log_softmax, softmax
 
+from condcomp_lib import flow
 from condcomp_lib import pretraining as dropout
 from condcomp_lib.datasets import Dataset, Split
-from condcomp_lib.errors import unknown
-from condcomp_lib.fitting import Fitted, fit, plan
+from condcomp_lib.errors import UsageError, unknown
+from condcomp_lib.fitting import Balanced, Fitted, fit, plan
 from condcomp_lib.runs import Outcome, Record, RunSpec, RunStore
 from condcomp_lib.targets import ACTIVATIONS, MLP, hidden_widths, multiply_adds
 
@@ -34,20 +35,28 @@ def target_spec(
     activation: str = "relu",
     pretraining: str = "none",
     eps: float | None = None,
+    penalty: Mapping[str, Any] | None = None,
+    balanced: bool = False,
+    snapshots: Sequence[int] = (),
     **training: Any,
 ) -> RunSpec:
     """The run that trains one target on cross-entropy: the weights of the epoch with the best validation accuracy.
 
     Arguments: `dataset` and `architecture` by name ("svhn", "3x800"); `activation` "relu" or "tanh"; `pretraining` one
-    of `pretraining.PRETRAINING`, with `eps` where dropout rates are random; `training` as for `plan`.
+    of `pretraining.PRETRAINING`, with `eps` where dropout rates are random, or with a `penalty`: its "coefficient" and,
+    for "flow", "form" and "normalised" as of `flow.Flow`; `balanced` draws class-balanced minibatches; `snapshots` are
+    epochs whose weights are kept beside the best one's; `training` as for `plan`.
 
     >>> target_spec("digits", "2x64", target_seed=0).settings["learning_rate"]
     0.001
     """
-    dropout.check(pretraining, eps)
+    dropout.check(pretraining, eps, penalty)
     hidden_widths(architecture)
     if activation not in ACTIVATIONS:
         raise unknown("activation", activation, ACTIVATIONS)
+    if pretraining == "flow" and activation != "relu":
+        raise UsageError(f"the class-flow penalty needs ReLU, under which a connection's flow keeps its sign; not "
+                         f"{activation}")  # fmt: skip
     settings = {
         "dataset": dataset,
         "architecture": architecture,
@@ -56,7 +65,9 @@ def target_spec(
         "target_seed": target_seed,
         **plan(**training),
     }
-    return RunSpec("targets", RECIPE, settings if eps is None else {**settings, "dropout_eps": eps})
+    more = {"dropout_eps": eps, "penalty": dict(penalty) if penalty else None, "snapshots": list(snapshots) or None,
+            "balanced": balanced or None}  # fmt: skip
+    return RunSpec("targets", RECIPE, settings | {key: value for key, value in more.items() if value is not None})
 
 
 def obtain_target(spec: RunSpec, data: Dataset, artefacts: RunStore, progress: str | None = None) -> tuple[MLP, Record]:
@@ -76,10 +87,20 @@ def shelf(artefacts: RunStore, data: Dataset) -> RunStore:
     return shelf
 
 
-def _restored(model: MLP, record: Record) -> MLP:
-    """`model` with the weights of `record`, in evaluation mode."""
-    model.load_state_dict({name: torch.from_numpy(array) for name, array in record.arrays().items()})
+def _restored(model: MLP, record: Record, epoch: int | None = None) -> MLP:
+    """`model` with the weights of `record` (of the best epoch, or of a snapshot), in evaluation mode."""
+    start = "" if epoch is None else f"epoch{epoch}."
+    arrays = record.arrays()
+    model.load_state_dict({name: torch.from_numpy(arrays[start + name]) for name in model.state_dict()})
     return model.eval()
+
+
+def snapshot(record: Record, data: Dataset, epoch: int) -> MLP:
+    """The target of a record as it was after an epoch that its spec names under "snapshots"."""
+    if epoch not in record.spec.settings.get("snapshots", ()):
+        raise UsageError(f"this target kept its weights of epochs {record.spec.settings.get('snapshots', [])}, not of "
+                         f"{epoch}")  # fmt: skip
+    return _restored(build(record.spec, data), record, epoch)
 
 
 def build(spec: RunSpec, data: Dataset) -> MLP:
@@ -90,21 +111,66 @@ def build(spec: RunSpec, data: Dataset) -> MLP:
 
 
 def train_target(spec: RunSpec, data: Dataset, progress: str | None = None) -> Outcome:
-    """Train the target of `spec`; the arrays are the weights of the epoch with the best validation accuracy."""
+    """Train the target of `spec`; the arrays are the weights of the epoch with the best validation accuracy, and of the
+    epochs named under "snapshots"."""
     settings = spec.settings
     model = build(spec, data)
     noise = torch.Generator().manual_seed(settings["target_seed"] + 1_000_003)  # apart from the one that shuffles
-    rates = dropout.keep_rates(settings["pretraining"], settings.get("dropout_eps"), noise)
     x, y = torch.from_numpy(data.train.x), torch.from_numpy(data.train.y)
+    objective = _Objective(model, settings, noise)
+    kept: dict[str, np.ndarray] = {}
 
-    def loss(rows: Tensor) -> Tensor:
-        if rates is None:
-            return cross_entropy(model(x[rows]), y[rows])
-        return cross_entropy(dropout.scores_with_dropout(model, x[rows], rates(), noise), y[rows])
+    def score() -> float:
+        epoch = objective.end_epoch()
+        if epoch in settings.get("snapshots", ()):
+            kept.update({f"epoch{epoch}.{name}": value.numpy().copy() for name, value in model.state_dict().items()})
+        return accuracy(model, data.valid)
 
     shuffling = torch.Generator().manual_seed(settings["target_seed"])
-    fitted = fit(model, loss, lambda: accuracy(model, data.valid), len(x), settings, shuffling, progress=progress)
-    return _outcome(model, fitted, data)
+    minibatches = Balanced(y, data.classes, settings["batch"]) if settings.get("balanced") else None
+    fitted = fit(model, lambda rows: objective(x[rows], y[rows]), score, len(x), settings, shuffling,
+                 minibatches=minibatches, progress=progress)  # fmt: skip
+    outcome = _outcome(model, fitted, data)
+    more = {"penalty_share": objective.shares} if "penalty" in settings else {}
+    return dataclasses.replace(outcome, result={**outcome.result, **more}, arrays={**(outcome.arrays or {}), **kept})
+
+
+class _Objective:
+    """What a target is trained on: cross-entropy, with dropout or with a penalty, as its settings say.
+
+    `shares` holds for each epoch the penalty's mean share of the whole loss.
+    """
+
+    def __init__(self, model: MLP, settings: Mapping[str, Any], noise: torch.Generator) -> None:
+        self.model, self.noise, self.kind = model, noise, settings["pretraining"]
+        self.rates = dropout.keep_rates(self.kind, settings.get("dropout_eps"), noise)
+        own = dict(settings.get("penalty", {}))
+        self.coefficient = own.pop("coefficient", 0.0)
+        self.flow = flow.Flow(**own) if self.kind == "flow" else None
+        self.shares: list[float] = []
+        self._seen: list[float] = []
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        if self.rates is not None:
+            keep = self.rates(len(x), len(self.model.hidden))
+            return cross_entropy(dropout.scores_with_dropout(self.model, x, keep, self.noise), y)
+        if self.kind not in dropout.PENALTIES:
+            return cross_entropy(self.model(x), y)
+        if self.flow is not None:
+            scores, penalty = flow.scores_with_flow(self.model, x, y, self.flow)
+        else:
+            scores, hidden = dropout.scores_and_hidden(self.model, x)
+            penalty = dropout.activation_penalty(hidden, self.kind)
+        added = self.coefficient * penalty
+        loss = cross_entropy(scores, y) + added
+        self._seen.append((added / loss).item())
+        return loss
+
+    def end_epoch(self) -> int:
+        """To be called after each epoch; returns its number, from 1."""
+        self.shares.append(float(np.mean(self._seen)) if self._seen else 0.0)
+        self._seen.clear()
+        return len(self.shares)
 
 
 def _outcome(model: MLP, fitted: Fitted, data: Dataset) -> Outcome:

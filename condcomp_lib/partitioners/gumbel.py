@@ -1,5 +1,6 @@
 """Gumbel-Softmax: the partition is learned by gradient together with the policy (*partitions*, section 2.3)."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -9,11 +10,13 @@ from torch.nn.functional import cross_entropy, one_hot, softmax
 
 from condcomp_lib.datasets import Dataset
 from condcomp_lib.errors import UsageError, unknown
-from condcomp_lib.estimators import Reinforce, log_probability
+from condcomp_lib.estimators import Estimator, Minibatch, Reinforce
+from condcomp_lib.estimators.dpg import DPG
 from condcomp_lib.fitting import fit
-from condcomp_lib.lazy import LazyNetwork, evaluate
+from condcomp_lib.lazy import Evaluation, LazyNetwork, evaluate
 from condcomp_lib.partitioners import check_cut, check_worth
 from condcomp_lib.partitions import Partition, check_groups
+from condcomp_lib.policies import Decision, Sample
 from condcomp_lib.policy_training import PolicyCurve, check_learnable
 from condcomp_lib.sparsity import sparsity_loss
 from condcomp_lib.training import hits
@@ -21,6 +24,12 @@ from condcomp_lib.training import hits
 EPS = 1e-20  # inside the logarithms of the Gumbel noise
 SCALE = 10.0  # preferences are stored divided by it: the optimiser's steps on them are as much larger
 LEAST_TEMPERATURE = 0.1
+# How the policy learns beside the preferences: what *partitions* compares.
+LEARNING: dict[str, Callable[..., Estimator]] = {
+    "reinforce": Reinforce,
+    "dpg": DPG,
+    "dpg-bits": functools.partial(DPG, reads="bits"),
+}
 # Temperature and size of the noise at a share of the training done. "constant" is the paper's; "annealed" lowers the
 # temperature, which sharpens the gradient but not the draws; "annealed-noise" makes the draws themselves settle.
 SCHEDULES: dict[str, Callable[[float], tuple[float, float]]] = {
@@ -88,22 +97,33 @@ def gumbel_noise(mu: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def gumbel_scores(
-    lazy: LazyNetwork, drawn: Sequence[Tensor], x: Tensor, first: Tensor | None = None
+    lazy: LazyNetwork, drawn: Sequence[Tensor], x: Tensor, first: Tensor | None = None, decision: Decision | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Scores, mask and logits of `lazy` when its partition is `drawn` (as from `Gumbel.draw`).
+    """Scores, mask and logits of `lazy` when its partition is `drawn` (as from `Gumbel.draw`); `decision` decides in
+    place of the network's own.
 
     The mask of neuron i is sum_j yhat_ij M_j, so the scores have a gradient in the preferences; none in the policy.
     """
-    h, masks, logits = x, [], []
+    h, masks, logits, decision = x, [], [], decision or lazy.decision
     for index, layer in enumerate(lazy.target.linears[:-1]):
         if index < len(lazy.policy.gates):
             logits.append(lazy.policy.logits(index, h.detach()))
-            masks.append(lazy.decision(logits[-1], index))
+            masks.append(decision(logits[-1], index))
         kept = masks[-1].to(h.dtype) @ drawn[index].T
         h = lazy.target.activation(first if index == 0 and first is not None else layer(h)) * kept
         if lazy.rescale == "activity":
             h = h / kept.mean(1, keepdim=True).clamp(min=1 / kept.shape[1])
     return lazy.target.linears[-1](h), torch.cat(masks, 1), torch.cat(logits, 1)
+
+
+class _Drawn:
+    """What an estimator evaluates: the lazy network under partitions that are drawn anew for each minibatch."""
+
+    def __init__(self, lazy: LazyNetwork, drawn: Sequence[Tensor]) -> None:
+        self.policy, self._lazy, self._drawn = lazy.policy, lazy, drawn
+
+    def evaluate(self, x: Tensor, first: Tensor | None = None, decision: Decision | None = None) -> Evaluation:
+        return Evaluation(*gumbel_scores(self._lazy, self._drawn, x, first, decision))
 
 
 def train_gumbel(
@@ -118,9 +138,9 @@ def train_gumbel(
 ) -> PolicyCurve:
     """Train preferences and the policy of `lazy` together, in place; the target is frozen.
 
-    One partition is drawn for each minibatch. The policy learns as in `train_policy`; the preferences follow the
-    gradient of the lazy network's loss through the straight-through draws. Neither is told how many neurons a group
-    holds, so nothing keeps the groups balanced, as in the paper.
+    One partition is drawn for each minibatch. The policy learns as in `train_policy`, by REINFORCE or by DPG; the
+    preferences follow the gradient of the lazy network's loss through the straight-through draws. Neither is told how
+    many neurons a group holds, so nothing keeps the groups balanced, as in the paper.
 
     Arguments: `settings` as from `policy_plan`, with "gumbel" one of SCHEDULES ("constant" if not given); `generator`
     shuffles and draws; `first` the first layer's pre-activations of the training data (float32, examples x neurons)
@@ -138,7 +158,13 @@ def train_gumbel(
     examples = min(len(data.train), settings.get("epoch_examples", len(data.train)))
     check_learnable(lazy, examples, settings)
     lazy.target.requires_grad_(False)
-    estimator, x, y = Reinforce(settings["baseline"]), torch.from_numpy(data.train.x), torch.from_numpy(data.train.y)
+    x, y = torch.from_numpy(data.train.x), torch.from_numpy(data.train.y)
+    name = settings.get("estimator", "reinforce")
+    if name not in LEARNING:
+        raise unknown("estimator for Gumbel-Softmax", name, LEARNING)
+    options = {"baseline": settings["baseline"]} if name == "reinforce" else settings.get("options", {})
+    estimator = LEARNING[name](**options)
+    drawing = lazy.decision.generator if isinstance(lazy.decision, Sample) else generator
     steps = settings["max_epochs"] * -(-examples // settings["batch"])
     curve, step = PolicyCurve([], []), 0
 
@@ -146,10 +172,17 @@ def train_gumbel(
         nonlocal step
         drawn = gumbel.draw(generator, *SCHEDULES[schedule](step / steps))
         step += 1
-        scores, mask, logits = gumbel_scores(lazy, drawn, x[rows], None if first is None else first[rows])
-        costs = cross_entropy(scores, y[rows], reduction="none")
-        sparsity = sparsity_loss(logits.sigmoid(), settings["tau"], settings["lambda_s"], settings["lambda_v"])
-        return estimator.loss(costs, log_probability(logits, mask)) + sparsity + costs.mean()
+        labels = y[rows]
+        minibatch = Minibatch(
+            _Drawn(lazy, drawn),  # type: ignore[arg-type]
+            x[rows],
+            lambda found: cross_entropy(found.scores, labels, reduction="none"),
+            None if first is None else first[rows],
+        )
+        found = estimator(minibatch, drawing)
+        sigma = found.found.logits.sigmoid()
+        sparsity = sparsity_loss(sigma, settings["tau"], settings["lambda_s"], settings["lambda_v"])
+        return found.loss + sparsity + cross_entropy(found.found.scores, labels)
 
     def score() -> float:
         noise = SCHEDULES[schedule](step / steps)[1]

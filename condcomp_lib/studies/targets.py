@@ -67,12 +67,13 @@ def specs(profile: str) -> list[RunSpec]:
 
 
 def target_of(settings: Mapping[str, Any]) -> RunSpec:
-    """The spec of the target that a run with these settings builds on."""
+    """The spec of the target that a run with these settings builds on; "target_training" says how it is trained where
+    that is not as usual."""
     dataset, pretraining = settings["dataset"], settings["pretraining"]
-    training = (TRAINING if pretraining == "none" else DROPOUT_TRAINING)[dataset]
+    usual = (TRAINING if pretraining == "none" else DROPOUT_TRAINING)[dataset]
     return target_spec(
         dataset, settings["architecture"], target_seed=settings["target_seed"],
-        pretraining=pretraining, eps=settings.get("dropout_eps"), **training,
+        pretraining=pretraining, eps=settings.get("dropout_eps"), **settings.get("target_training", usual),
     )  # fmt: skip
 
 
@@ -128,7 +129,15 @@ def label(pretraining: str, eps: float | None) -> str:
     'dropout, keep ~ U[0.1, 1]'
     """
     rate = "drop" if pretraining.endswith("literal") else "keep"
-    return {"none": "no dropout", "dropout-0.5": "dropout, keep 0.5"}.get(pretraining, f"dropout, {rate} ~ U[{eps}, 1]")
+    each = {"example": " for each example", "layer": " for each layer"}.get(pretraining.rpartition("-")[2], "")
+    known = {
+        "none": "no dropout",
+        "dropout-0.5": "dropout, keep 0.5",
+        "flow": "class-flow penalty",
+        "l1": "L1 on activations",
+        "hoyer": "Hoyer on activations",
+    }
+    return known.get(pretraining, f"dropout, {rate} ~ U[{eps}, 1]{each}")
 
 
 def summary(records: Sequence[Record]) -> list[dict[str, Any]]:
