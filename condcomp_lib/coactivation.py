@@ -201,7 +201,7 @@ def modularity(c: Tensor, membership: Tensor) -> float:
 
 
 def communities(c: Tensor, seed: int = 0) -> list[Tensor]:
-    """Splits of the neurons (int64, neurons) into 2 to 8 communities each: k-means on the leading eigenvectors of the
+    """Splits of the neurons (int64, neurons) into 1 to 8 communities each: k-means on the leading eigenvectors of the
     modularity matrix (Newman 2006). None of them need be the best there is."""
     weights = c.double().numpy() - np.diag(np.diag(c.double().numpy()))
     degree, total = weights.sum(1), weights.sum()
@@ -209,10 +209,12 @@ def communities(c: Tensor, seed: int = 0) -> list[Tensor]:
     if total == 0 or most < SPLITS[0]:
         return [torch.zeros(len(c), dtype=torch.int64)]
     leading = eigh(weights - np.outer(degree, degree) / total, subset_by_index=[len(c) - most, len(c) - 1])
-    found = []
+    found = [torch.zeros(len(c), dtype=torch.int64)]
     for count in range(SPLITS[0], most + 1):
         values, vectors = leading[0][-count + 1 :], leading[1][:, -count + 1 :]
         features = vectors * np.sqrt(np.clip(values, 0, None))
+        if len(np.unique(features.round(9), axis=0)) < count:
+            continue  # neurons that are alike cannot be split so often
         split = KMeans(count, n_init=2, random_state=seed).fit_predict(features)
         found.append(torch.from_numpy(split.astype(np.int64)))
     return found

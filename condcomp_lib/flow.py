@@ -114,6 +114,8 @@ def scores_with_flow(target: MLP, x: Tensor, y: Tensor, flow: Flow) -> tuple[Ten
     True
     """
     check_relu(target)
+    if not x.isfinite().all():
+        raise UsageError("inputs hold a number that is not finite; the class-flow penalty would be none")
     by_label = members(y, target.linears[-1].out_features, flow)
     parameters = [part for layer in target.linears for part in (layer.weight, layer.bias)]
     scores, value = _FlowLayers.apply(x, by_label, flow, *parameters)
@@ -137,11 +139,8 @@ def naive_flow(h: Tensor, weight: Tensor, y: Tensor, classes: int, flow: Flow) -
     means[torch.from_numpy(place), torch.arange(len(y))] = torch.from_numpy(share).to(h.dtype)
     f = (means[:, :, None, None] * (h[:, :, None] * weight.T).abs()).sum(1)
     if flow.normalised:
-        f = f / f.mean()
-    if flow.form == "pairwise":
-        found = f.sum(0).square()
-    else:
-        found = f.prod(0)
+        f = f / (f.mean() if f.any() else 1.0)
+    found = f.sum(0).square() if flow.form == "pairwise" else f.prod(0)
     total = found.mean() if flow.normalised else found.sum()
     return total ** (1 / len(f)) if flow.form == "root" else total
 

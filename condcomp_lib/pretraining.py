@@ -60,9 +60,11 @@ def keep_rates(pretraining: str, eps: float | None, generator: torch.Generator) 
     >>> keep_rates("dropout-0.5", None, torch.Generator())(128, 2)
     [0.5, 0.5]
     """
-    if pretraining not in DROPOUT:
+    if pretraining in PENALTIES:
         return None
     check(pretraining, eps)
+    if pretraining == "none":
+        return None
     if pretraining == "dropout-0.5":
         return lambda examples, layers: [0.5] * layers  # noqa: ARG005
     least = eps or 0.0

@@ -1,10 +1,14 @@
 """The class-flow penalty: the factorised form equals the paper's four-dimensional one in value and gradient."""
 
+import math
+
+import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from condcomp_lib.flow import FORMS, Flow, naive_flow, scores_with_flow
+from condcomp_lib.errors import UsageError
+from condcomp_lib.flow import FORMS, Flow, members, naive_flow, scores_with_flow
 from condcomp_lib.targets import MLP
 
 FLOWS = [Flow(form, normalised) for form in FORMS for normalised in (False, True)]
@@ -73,3 +77,123 @@ def by_layer(target, x, y, flow):
         found.append(naive_flow(h, layer.weight.detach(), y, target.linears[-1].out_features, flow).item())
         h = layer(h).relu().detach()
     return found
+
+
+@pytest.mark.parametrize("flow", FLOWS, ids=str)
+@pytest.mark.parametrize("classes", [2, 3, 10, 15, 16, 17, 100])
+def test_single_precision_is_finite_from_two_to_a_hundred_classes_and_as_in_double(flow, classes):
+    generator = torch.Generator().manual_seed(classes)
+    target = network([30, 40], classes, classes)
+    y = labels(classes, 2 * classes, generator)
+    x = torch.randn(len(y), 30, generator=generator, dtype=torch.float64)
+    exact = scores_with_flow(target, x, y, flow)[1].item()
+    single = target.float()
+    value = scores_with_flow(single, x.float(), y, flow)[1]
+    value.backward()
+    assert math.isfinite(value.item())
+    assert value.item() == pytest.approx(exact, rel=1e-3, abs=1e-300)
+    assert all(weight.grad.isfinite().all() for weight in single.parameters())
+
+
+def test_a_class_that_does_not_use_a_connection_makes_the_product_zero_but_not_the_pairs():
+    target = network([2], 2)
+    x = torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
+    y = torch.tensor([0, 1])
+    assert scores_with_flow(target, x, y, Flow("product"))[1].item() == 0
+    assert scores_with_flow(target, x, y, Flow("root"))[1].item() == 0
+    assert scores_with_flow(target, x, y, Flow("pairwise"))[1].item() > 0
+
+
+@pytest.mark.parametrize("form", ["root", "pairwise"])
+def test_missing_classes_are_skipped_and_stay_finite(form):
+    target = network([6, 8], 10)
+    x = torch.rand(12, 6, dtype=torch.float64)
+    y = torch.tensor([0, 3, 7] * 4)
+    value = scores_with_flow(target, x, y, Flow(form))[1]
+    value.backward()
+    assert 0 < value.item() < math.inf
+    kept = naive(target, x, y, Flow(form))[1]
+    torch.testing.assert_close(value, kept)
+
+
+def test_the_root_is_comparable_when_a_class_is_missing():
+    target = network([6, 8], 3)
+    x = torch.rand(300, 6, dtype=torch.float64)
+    y = torch.arange(300) % 3
+    few = y < 2
+    every, two = (scores_with_flow(target, x[rows], y[rows], Flow())[1].item() for rows in (y < 3, few))
+    assert 0.5 < two / every < 2
+
+
+def test_normalised_flows_do_not_feel_the_size_of_a_layer_s_weights():
+    target = network([6, 8, 9], 4)
+    x, y = torch.rand(12, 6, dtype=torch.float64), torch.arange(12) % 4
+    for form in FORMS:
+        before = scores_with_flow(target, x, y, Flow(form, True))[1].item()
+        with torch.no_grad():
+            target.linears[-1].weight *= 7
+        assert scores_with_flow(target, x, y, Flow(form, True))[1].item() == pytest.approx(before)
+
+
+def test_training_on_the_penalty_lowers_it():
+    target = network([6, 8], 3)
+    x, y = torch.rand(30, 6, dtype=torch.float64), torch.arange(30) % 3
+    optimiser = torch.optim.SGD(target.parameters(), lr=0.01)
+    values = []
+    for _ in range(20):
+        value = scores_with_flow(target, x, y, Flow())[1]
+        values.append(value.item())
+        optimiser.zero_grad()
+        value.backward()
+        optimiser.step()
+    assert values[-1] < 0.9 * values[0]
+
+
+def test_without_a_penalty_in_the_loss_gradients_are_the_plain_ones():
+    target = network([6, 8], 3)
+    x, y = torch.rand(9, 6, dtype=torch.float64), torch.arange(9) % 3
+    scores, value = scores_with_flow(target, x, y, Flow())
+    (torch.nn.functional.cross_entropy(scores, y) + 0.0 * value).backward()
+    ours = [weight.grad.clone() for weight in target.parameters()]
+    target.zero_grad()
+    torch.nn.functional.cross_entropy(target(x), y).backward()
+    for own, weight in zip(ours, target.parameters(), strict=True):
+        torch.testing.assert_close(own, weight.grad)
+
+
+def test_one_class_only_is_refused():
+    with pytest.raises(
+        UsageError, match=r"^the class-flow penalty compares classes: there must be at least two, not 1$"
+    ):
+        members(torch.tensor([0, 0]), 1, Flow())
+
+
+@pytest.mark.parametrize("y", [[], [0, 3], [-1, 0]])
+def test_labels_outside_the_classes_are_refused(y):
+    with pytest.raises(UsageError, match=r"^labels must be numbers from 0 to 2, for at least one example$"):
+        members(torch.tensor(y, dtype=torch.int64), 3, Flow())
+
+
+def test_a_class_without_examples_is_refused_in_the_product():
+    with pytest.raises(UsageError, match=r"^class 1 has no example in this minibatch.*class-balanced.*\"root\""):
+        members(torch.tensor([0, 2, 0]), 3, Flow("product"))
+
+
+def test_another_activation_is_refused():
+    target = network([4, 5], 2, activation="tanh")
+    with pytest.raises(UsageError, match=r"^the class-flow penalty needs ReLU.*Tanh"):
+        scores_with_flow(target, torch.rand(4, 4, dtype=torch.float64), torch.tensor([0, 1, 0, 1]), Flow())
+
+
+def test_another_form_is_refused():
+    with pytest.raises(UsageError, match="class-flow"):
+        Flow("sum")
+
+
+def test_inputs_that_are_no_numbers_are_refused():
+    x = torch.rand(4, 4, dtype=torch.float64)
+    x[1, 2] = math.nan
+    with pytest.raises(
+        UsageError, match=r"^inputs hold a number that is not finite; the class-flow penalty would be none$"
+    ):
+        scores_with_flow(network([4, 5], 2), x, torch.tensor([0, 1, 0, 1]), Flow())

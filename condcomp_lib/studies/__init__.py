@@ -30,6 +30,11 @@ NAMES = (
     "policies-dpg",
     "policies-bias",
     "policies-search",
+    "pretraining",
+    "pretraining-search",
+    "pretraining-cost",
+    "pretraining-variance",
+    "coactivation",
     "blocks",
     "blocks-accuracy",
 )
@@ -39,7 +44,7 @@ NOISE = "noise"  # stands for a data set where runs only measure time: standard 
 # Which notebook takes up which part of the papers, by the start of the ids in `published.csv`.
 NOTEBOOKS = {
     "Pt": "03_pretraining", "Ps5.": "01_partitioning", "Ps51": "01_partitioning", "Ps52": "01_partitioning",
-    "Ps55": "03_pretraining", "Ds4.06": "05_block_speedups", "Ds": "06_joint_training",
+    "Ps55.01": "03_pretraining", "Ps55": "04_coactivation", "Ds4.06": "05_block_speedups", "Ds": "06_joint_training",
     "Fs41": "05_block_speedups", "Fs": "06_joint_training", "Ff": "06_joint_training",
     "Sconv": "06_joint_training", "Send": "00_start_here", "Sfc": "05_block_speedups",
 }  # fmt: skip

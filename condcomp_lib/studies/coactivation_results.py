@@ -1,0 +1,208 @@
+"""From records of networks' coactivation to tables, figure data and claims."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from condcomp_lib import published, stats
+from condcomp_lib.claims import Claim, judge
+from condcomp_lib.coactivation import LEVEL
+from condcomp_lib.published import Answer
+from condcomp_lib.runs import Record
+from condcomp_lib.studies.targets import NO_EXTRA
+
+PLAIN, FLOW, PRODUCT = "plain", "flow, root", "flow, product"
+SHOWN = {"mean": "mean", "gini": "Gini", "above": "pairs above 0.1", "lift": "over independent",
+         "partners": "partners", "modularity": "modularity"}  # fmt: skip
+LEVELS = (("2x200", "Ps55.02"), ("2x500", "Ps55.05"))  # accuracies published for networks with the penalty
+
+
+def by_network(records: Sequence[Record]) -> dict[tuple[str, str], list[Record]]:
+    """The records of each architecture and way to train it, in the run table's order."""
+    found: dict[tuple[str, str], list[Record]] = {}
+    for record in records:
+        settings = record.spec.settings
+        found.setdefault((settings["architecture"], settings["network"]), []).append(record)
+    return found
+
+
+def over(group: Sequence[Record], value: Callable[[Mapping[str, Any]], float]) -> stats.Interval:
+    """`value` of each record's result with its interval over target seeds."""
+    return stats.interval([value(record.result) for record in group])
+
+
+def gains(group: Sequence[Record], base: Sequence[Record], value: Callable[[Mapping[str, Any]], float]) -> list[float]:
+    """`value` of each run less that of the same seed in `base`."""
+    theirs = {record.spec.settings["target_seed"]: value(record.result) for record in base}
+    seeds = [(record.spec.settings["target_seed"], value(record.result)) for record in group]
+    return [own - theirs[seed] for seed, own in seeds if seed in theirs]
+
+
+def measure(name: str) -> Callable[[Mapping[str, Any]], float]:
+    """What reads a measure off a result."""
+    return lambda result: result["measures"][name]
+
+
+def share(result: Mapping[str, Any]) -> float:
+    """The penalty's mean share of the loss over the first epoch."""
+    return result["penalty_share"][0]
+
+
+def table(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """One row per network: accuracy, how its neurons fire together, and what partitions explain of it."""
+    rows = []
+    for (architecture, name), group in by_network(records).items():
+        row: dict[str, Any] = {"network": f"{architecture}, {name}", "seeds": len(group)}
+        row["test accuracy"] = over(group, lambda r: r["accuracy"])
+        row["neurons that fire"] = over(group, measure("firing"))
+        row |= {said: over(group, measure(field)) for field, said in SHOWN.items()}
+        row["split of 16 explains"] = over(group, lambda r: r["explained"]["coactivation"])
+        row["random 16"] = over(group, lambda r: r["explained"]["random"])
+        rows.append(row)
+    return rows
+
+
+def flow_table(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """One row per network with the penalty: its share of the loss, and what it changes beside plain training."""
+    groups, rows = by_network(records), []
+    for (architecture, name), group in groups.items():
+        base = groups.get((architecture, PLAIN))
+        if "penalty_share" not in group[0].result or name not in (FLOW, PRODUCT) or base is None:
+            continue
+        row = {"network": f"{architecture}, {name}", "share of the loss, first epoch": over(group, share)}
+        row["validation accuracy"] = over(group, lambda r: r["valid_accuracy"])
+        for said, value in (("accuracy", lambda r: r["valid_accuracy"]), ("mean", measure("mean")),
+                            ("pairs above 0.1", measure("above")), ("Gini", measure("gini")),
+                            ("over independent", measure("lift"))):  # fmt: skip
+            row[f"{said}: less plain"] = stats.interval(gains(group, base, value))
+        rows.append(row)
+    return rows
+
+
+def matrices(record: Record, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """The stored matrices of these names, coactivation as numbers from 0 to 1."""
+    arrays = record.arrays()
+    return {name: arrays[name] / 255 if arrays[name].dtype == np.uint8 else arrays[name].astype(float)
+            for name in names if name in arrays}  # fmt: skip
+
+
+def first(records: Sequence[Record], architecture: str, network: str) -> Record:
+    """The run of a network's first target seed, which keeps its matrices."""
+    return next(r for r in by_network(records)[architecture, network] if r.spec.settings["target_seed"] == 0)
+
+
+def history(record: Record) -> list[tuple[int, float, float]]:
+    """Epoch, validation accuracy and mean coactivation of a run's snapshots."""
+    curve = record.result["learning_curve"]
+    return [(then["epoch"], curve[then["epoch"] - 1], then["mean"]) for then in record.result["on_the_way"]]
+
+
+def answers(records: Sequence[Record]) -> list[Answer]:
+    """Section 5.5's accuracies beside networks trained with the paper's own form of the penalty, the product."""
+    groups, place = by_network(records), {"notebook": "04_coactivation", "figure": "coactivation_flow_table"}
+    found = []
+    for id, architecture, epoch in (
+        ("Ps55.02", "2x200", None), ("Ps55.03", "2x500", 4), ("Ps55.04", "2x500", 8), ("Ps55.05", "2x500", None),
+    ):  # fmt: skip
+        group, root = groups.get((architecture, PRODUCT)), groups.get((architecture, FLOW))
+        if not group or not root:
+            continue
+
+        def percent(result: Mapping[str, Any], epoch: int | None = epoch) -> float:
+            return 100 * (result["valid_accuracy"] if epoch is None else result["learning_curve"][epoch - 1])
+
+        when = "best epoch" if epoch is None else f"epoch {epoch}"
+        note = f"product form, {when}; root form: {over(root, percent).format(1)}; whole epochs of 57,257; {NO_EXTRA}"
+        found.append(Answer(id, over(group, percent), "validation_accuracy_percent", note, **place))
+    return found
+
+
+def claims(records: Sequence[Record]) -> list[Claim]:
+    """What the papers say of coactivation under dropout and under the class-flow penalty."""
+    groups = by_network(records)
+    return [*_dropout_claims(groups), *_flow_claims(groups)]
+
+
+def _dropout_claims(groups: Mapping[tuple[str, str], Sequence[Record]]) -> list[Claim]:
+    found = []
+    for (architecture, name), group in groups.items():
+        base = groups.get((architecture, "no dropout" if architecture == "3x800" else PLAIN))
+        if not name.startswith("dropout") or base is None:
+            continue
+        end = f"{architecture}.{group[0].spec.settings['pretraining']}"
+        lower = stats.interval(gains(group, base, measure("mean")))
+        statement = f"{architecture} on svhn, {name}: mean coactivation is lower than without dropout"
+        found.append(judge(f"coactivation.mean.{end}", "partitions, 5.4", statement, lower, below=0.0))
+        most = over(group, measure("partners"))
+        statement = f"{architecture} on svhn, {name}: a neuron fires with more than half of the others at least every "
+        statement += "tenth time that it fires"
+        found.append(judge(f"coactivation.partners.{end}", "partitions, 5.4", statement, most, above=0.5))
+    return found
+
+
+def _flow_claims(groups: Mapping[tuple[str, str], Sequence[Record]]) -> list[Claim]:
+    found, rows = [], published.load()
+    for (architecture, name), group in groups.items():
+        base = groups.get((architecture, PLAIN))
+        if name not in (FLOW, PRODUCT) or base is None:
+            continue
+        dataset = group[0].spec.settings["dataset"]
+        end, net = f"{architecture}.{group[0].spec.settings['target_training']['penalty']['form']}", \
+            f"{architecture} on {dataset}, {name}"  # fmt: skip
+        taken = over(group, share)
+        for edge, bound in (("least", {"above": 0.01}), ("most", {"below": 0.5})):
+            statement = f"{net}: the penalty takes 1% to 50% of the loss over the first epoch, at {edge}"
+            found.append(judge(f"flow.share.{edge}.{end}", "partitions, 4.2", statement, taken, **bound))
+        for field, said, bound in (
+            ("mean", "mean coactivation is lower than with plain training", {"below": 0.0}),
+            ("above", "fewer pairs fire together on a tenth of the examples", {"below": 0.0}),
+            ("gini", "coactivation is spread less evenly over pairs", {"above": 0.0}),
+        ):
+            change = stats.interval(gains(group, base, measure(field)))
+            found.append(judge(f"flow.{field}.{end}", "partitions, 5.5", f"{net}: {said}", change, **bound))
+        for own, id in LEVELS:
+            if own == architecture:
+                level = rows[id].value or 0.0
+                accuracy = over(group, lambda r: 100 * r["valid_accuracy"])
+                statement = f"{net}: validation accuracy (%) above the published {level}"
+                found.append(judge(f"flow.{id}.{end}", id, statement, accuracy, above=level))
+    return found + _width_claims(groups)
+
+
+def _width_claims(groups: Mapping[tuple[str, str], Sequence[Record]]) -> list[Claim]:
+    """That the penalty needs wider networks: it costs the narrow one more accuracy."""
+    found = []
+    for name in (FLOW, PRODUCT):
+        narrow, wide = (
+            gains(groups.get((architecture, PLAIN), []), groups.get((architecture, name), []),
+                  lambda r: r["valid_accuracy"])
+            for architecture in ("2x200", "2x500")
+        )  # fmt: skip
+        if narrow and len(narrow) == len(wide):
+            statement = f"{name}: the penalty costs 2x200 more validation accuracy than 2x500"
+            more = stats.interval([a - b for a, b in zip(narrow, wide, strict=True)])
+            found.append(judge(f"flow.width.{name.split()[-1]}", "partitions, 5.5", statement, more, above=0.0))
+    return found
+
+
+def promises(records: Sequence[Record]) -> dict[str, Sequence[Record]]:
+    """Figures and tables of notebook 04 that are made from this study."""
+    names = ["coactivation_table", "coactivation_flow_table", "coactivation_training", "coactivation_orders",
+             "coactivation_ingoing"]  # fmt: skip
+    if any(record.spec.settings["architecture"] == "3x800" for record in records):
+        names += ["coactivation_dropout"]
+    return dict.fromkeys(names, records)
+
+
+def findings(records: Sequence[Record]) -> str:
+    """What the runs say, as a Markdown list with its numbers filled in."""
+    lines = []
+    for (architecture, name), group in by_network(records).items():
+        firing, mean, lift, above = (
+            over(group, measure(field)).format(2) for field in ("firing", "mean", "lift", "above")
+        )
+        parts = f"{firing} of the neurons fire, pairs together {mean}, {lift} times what independence gives; "
+        parts += f"{above} of the pairs above {LEVEL}"
+        lines.append(f"- **{architecture}, {name}**: {parts}.")
+    return "\n".join(lines)
