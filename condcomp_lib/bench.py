@@ -2,6 +2,7 @@
 
 import os
 import platform
+import resource
 import subprocess
 import tempfile
 import time
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 
 from condcomp_lib import datasets, paths
-from condcomp_lib.coactivation import firing_patterns
+from condcomp_lib.coactivation import firing_patterns, network_coactivation
 from condcomp_lib.errors import CondcompError
 from condcomp_lib.lazy import LazyNetwork
 from condcomp_lib.partitioners import Partitioner
@@ -27,6 +28,7 @@ from condcomp_lib.policies import Policy, Sample
 from condcomp_lib.policy_training import ESTIMATORS, policy_plan, train_policy
 from condcomp_lib.runs import Outcome, RunSpec, RunStore
 from condcomp_lib.studies import blocks as block_study
+from condcomp_lib.studies import pretraining_cost as cost_study
 from condcomp_lib.studies.partition_search import Trials
 from condcomp_lib.studies.partitioning_splits import TRIAL
 from condcomp_lib.targets import MLP
@@ -178,6 +180,55 @@ def blocks_line(row: Mapping[str, Any] | None) -> str:
             f"{row['compute']:>8.3f} {row['dtype']:<9}{row['threads']:>4}{row['lazy_us']:>10.1f}"
             f"{row['dense_us'][row['fastest']]:>10.1f} {row['fastest']:<12}"
             f"{f'{middle:.2f} [{low:.2f}, {high:.2f}]':<22}{row['share_of_roofline']:>8.2f}")  # fmt: skip
+
+
+def flow(repeats: int) -> Iterator[dict[str, Any]]:
+    """The timed rows of the class-flow penalty's cost as they come; see `studies.pretraining_cost.measure`."""
+    torch.set_num_threads(1)
+    for row in cost_study.grid("paper"):
+        found = dict.fromkeys(("naive_ms", "naive_mb"))  # None where its tensors do not fit
+        yield {**row, "threads": 1, **found, **cost_study.measure(row, repeats), **block_study.on_this_machine()}
+
+
+def flow_line(row: Mapping[str, Any] | None) -> str:
+    """A row of `flow` as a line of text; the heads of its columns for None."""
+    if row is None:
+        cells = ["network", "batch", "form", "optimiser", "plain ms", "factorised", "naive", "over plain",
+                 "naive over", "plain MB", "factorised", "naive"]  # fmt: skip
+    else:
+        middle, low, high = row["factorised_over_plain"]
+        cells = [row["widths"], str(row["batch"]), row["form"], row["optimiser"]]
+        cells += [f"{row['plain_ms']:.2f}", f"{row['factorised_ms']:.2f}", _whole(row["naive_ms"])]
+        cells += [f"{middle:.2f} [{low:.2f}, {high:.2f}]", _whole(row.get("naive_over_factorised", [None])[0])]
+        cells += [f"{row['plain_mb']:.1f}", f"{row['factorised_mb']:.1f}", _whole(row["naive_mb"])]
+    widths = (20, -6, 10, 10, -9, -11, -8, 19, -11, -10, -11, -8)
+    texts = zip(cells, widths, strict=True)
+    return "".join(f"{text:<{width}}" if width > 0 else f"{text:>{-width}} " for text, width in texts)
+
+
+def _whole(number: float | None) -> str:
+    return "-" if number is None else f"{number:.0f}"
+
+
+def coactivation(repeats: int) -> dict[str, Any]:
+    """Seconds that coactivation of 2,400 neurons over 10,000 examples takes, and the megabytes above what was held
+    before (the process's highest level, weights and examples left out)."""
+    draws = torch.Generator().manual_seed(0)
+    target, x = MLP(3072, (800, 800, 800), 10, generator=draws), torch.randn(10_000, 3072, generator=draws)
+    network_coactivation(target, x[:100])
+    before = _most_bytes()
+    seconds = [_seconds(lambda: network_coactivation(target, x)) for _ in range(repeats)]
+    return {
+        "threads": torch.get_num_threads(),
+        "repeats": repeats,
+        "seconds": {"median": float(np.median(seconds)), "most": max(seconds)},
+        "megabytes": (_most_bytes() - before) / 1e6,
+    }
+
+
+def _most_bytes() -> int:
+    """The most memory that this process has held so far."""
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def commands() -> dict[str, Any]:

@@ -7,24 +7,22 @@ import os
 import sys
 import tempfile
 import time
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from condcomp_lib import __version__, paths
+from condcomp_lib.bench_cli import bench_app
 from condcomp_lib.errors import CondcompError, UsageError
 
 # Modules that pull in torch or Jupyter are imported by the commands that need them, so that --help answers at once.
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 data_app = typer.Typer(no_args_is_help=True, help="Fetch data sets, or check the copies that lie here.")
-bench_app = typer.Typer(no_args_is_help=True, help="Measure speed on this machine.")
 app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
 
 Profile = Annotated[str, typer.Option(help="quick (digits, from scratch) or paper (the stored runs)")]
-JsonFile = Annotated[Path | None, typer.Option("--json", help="also write the figures here")]
 Jobs = Annotated[int | None, typer.Option(min=1, help="processes at a time; default: one per core")]
 
 
@@ -231,108 +229,6 @@ def check(name: Annotated[str, typer.Argument(help="digits, mnist, svhn or cifar
 
     for line in datasets.check(name):
         typer.echo(line)
-
-
-@bench_app.command("store")
-def bench_store(
-    count: Annotated[int, typer.Option("--runs", min=1, help="runs written and read")] = 200,
-    json_file: JsonFile = None,
-) -> None:
-    """What the run store costs: milliseconds to write a run, to find it again, and to list one of many."""
-    from condcomp_lib import bench
-
-    figures = bench.store(count)
-    for name, value in figures.items():
-        typer.echo(f"{name:<10}{value:>10.3f}")
-    _write_json(json_file, figures)
-
-
-@bench_app.command("training")
-def bench_training(
-    repeats: Annotated[int, typer.Option(min=1, help="pairs of epochs, with and without the cache in turn")] = 5,
-    json_file: JsonFile = None,
-) -> None:
-    """Seconds for an epoch of policy training on SVHN, 3x800 frozen, with and without the first layer's cache."""
-    from condcomp_lib import bench
-
-    figures = bench.training(repeats)
-    for name, value in figures.items():
-        typer.echo(f"{name:<24}{value:>10.2f}" if isinstance(value, float) else f"{name:<24}{value:>10}")
-    _write_json(json_file, figures)
-
-
-@bench_app.command("estimators")
-def bench_estimators(
-    repeats: Annotated[int, typer.Option(min=1, help="times each is measured")] = 5,
-    json_file: JsonFile = None,
-) -> None:
-    """Seconds for an epoch of policy training by each estimator on SVHN, 3x800 frozen, and its ratio to REINFORCE's."""
-    from condcomp_lib import bench
-
-    figures = bench.estimators(repeats)
-    papers, ratio = figures["one_gate_epoch_s"], figures["one_gate_dpg_over_reinforce"]
-    typer.echo(f"one gate: REINFORCE {papers['reinforce']:.1f} s, DPG {papers['dpg']:.1f} s, {ratio['median']:.2f} "
-               f"({ratio['least']:.2f} to {ratio['most']:.2f})")  # fmt: skip
-    for name, seconds in figures["epoch_s"].items():
-        ratio = figures["over_reinforce"][name]
-        typer.echo(f"{name:<20}{seconds:>8.1f} s, {ratio['median']:.2f} ({ratio['least']:.2f} to {ratio['most']:.2f})")
-    _write_json(json_file, figures)
-
-
-@bench_app.command("partitioners")
-def bench_partitioners(
-    repeats: Annotated[int, typer.Option(min=1, help="times each is measured")] = 5,
-    json_file: JsonFile = None,
-) -> None:
-    """A proposal for 256 groups, a balanced coactivation split, and the longest trial, on SVHN with 3x800."""
-    from condcomp_lib import bench
-
-    figures = bench.partitioners(repeats)
-    for name, value in figures["proposal_256_groups"].items():
-        typer.echo(f"proposal, {name:<20}{value['median_ms']:>8.1f} ms, at most {value['most_ms']:.1f}")
-    for name in ("coactivation_split_s", "longest_trial_s"):
-        typer.echo(f"{name:<30}{figures[name]['median']:>8.1f} s, at most {figures[name]['most']:.1f}")
-    _write_json(json_file, figures)
-
-
-@bench_app.command("blocks")
-def bench_blocks(
-    grid: Annotated[str, typer.Option(help="bars (about four minutes) or full (widths, groups, batches)")] = "bars",
-    repeats: Annotated[int, typer.Option(min=3, help="times each engine is measured, in turn")] = 21,
-    json_file: JsonFile = None,
-) -> None:
-    """Compiled lazy networks beside the fastest dense engine, the equal-compute control, and the machine's limits."""
-    from condcomp_lib import bench
-
-    found: list[dict[str, Any]] = []
-    for row in bench.blocks(grid, repeats):
-        if not found:
-            for engine, why in row["skipped"].items():
-                typer.echo(f"skipped: {engine}: {why}")
-            typer.echo(bench.blocks_line(None))
-        typer.echo(bench.blocks_line(row))
-        found.append(row)
-    _write_json(json_file, {"rows": found})
-
-
-@bench_app.command("commands")
-def bench_commands(json_file: JsonFile = None) -> None:
-    """The two commands as a newcomer types them: a fresh clone, a fresh environment, every test. Takes minutes."""
-    from condcomp_lib import bench
-
-    figures = bench.commands()
-    for row in figures["rows"]:
-        typer.echo(f"{row['command']:<18}{row['seconds']:>6} s")
-    _write_json(json_file, figures)
-
-
-def _write_json(path: Path | None, figures: dict[str, Any]) -> None:
-    import json
-
-    from condcomp_lib.files import write_atomically
-
-    if path:
-        write_atomically(path, (json.dumps(figures, indent=1) + "\n").encode())
 
 
 @app.command()

@@ -56,12 +56,19 @@ def cell_ratios(
 
 
 def searched(rows: Mapping[str, Mapping[str, np.ndarray]], ax: Axes | None = None) -> Axes:
-    """Every run of a search by cell, first on top: the target's accuracy as a bar, the lazy network's as a point."""
+    """Every run of a search by cell, first on top: the target's accuracy as a bar, the lazy network's as a point, below
+    it those of the chosen setting with fresh seeds."""
     ax = ax or plt.subplots()[1]
+    looks = {
+        "target": (GREEN, "|", 9, 0.12, "target"),
+        "lazy": (BLUE, "o", 4.5, 0.12, "lazy, a run of the search"),
+        "fresh": (VERMILION, "D", 4, -0.2, "lazy, chosen setting, fresh seeds"),
+    }
     for index, row in enumerate(rows.values()):
-        height = np.full(len(row["lazy"]), -float(index))
-        ax.plot(row["target"], height, "|", color=GREEN, markersize=9, label=None if index else "target")
-        ax.plot(row["lazy"], height, "o", color=BLUE, markersize=4.5, alpha=0.7, label=None if index else "lazy")
+        for name, (colour, marker, size, offset, label) in looks.items():
+            height = np.full(len(row[name]), offset - index)
+            ax.plot(row[name], height, marker, color=colour, markersize=size, alpha=0.75,
+                    label=None if index else label)  # fmt: skip
     ax.set_yticks([-index for index in range(len(rows))], list(rows))
     ax.set(xlabel="validation accuracy", xlim=(0, 1), ylim=(-len(rows) + 0.4, 0.6))
     ax.grid(axis="y", visible=False)

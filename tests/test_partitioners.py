@@ -145,6 +145,20 @@ def test_gumbel_finds_the_group_that_each_class_needs():
     assert sum(curve.accuracy[-1] > 0.9 and 0.25 < curve.activity[-1] < 0.45 for _, curve in found) >= 9
 
 
+@pytest.mark.parametrize("estimator", ["dpg", "dpg-bits"])
+def test_gumbel_learns_beside_dpg_too(estimator):
+    _, share, curve = trained(0, epochs=20, estimator=estimator)
+    assert share > 0.5  # chance: a third and a little
+    assert curve.accuracy[-1] > curve.accuracy[0]
+
+
+def test_gumbel_refuses_estimators_that_learn_by_relaxed_bits():
+    with pytest.raises(
+        UsageError, match=r"^unknown estimator for Gumbel-Softmax 'disarm'; known: dpg, dpg-bits, reinforce$"
+    ):
+        trained(0, epochs=1, estimator="disarm")
+
+
 def test_training_by_gumbel_follows_its_seeds_and_scores_every_epoch():
     (one, _, curve), (other, _, again), (different, _, _) = (trained(seed, epochs=2) for seed in (0, 0, 1))
     assert torch.equal(one.preferences[0], other.preferences[0])

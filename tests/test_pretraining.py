@@ -8,7 +8,17 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from condcomp_lib.errors import UsageError
-from condcomp_lib.pretraining import LITERAL_LEAST_KEEP, PRETRAINING, check, dropped, keep_rates, scores_with_dropout
+from condcomp_lib.pretraining import (
+    LITERAL_LEAST_KEEP,
+    PENALTIES,
+    PRETRAINING,
+    activation_penalty,
+    check,
+    dropped,
+    keep_rates,
+    scores_and_hidden,
+    scores_with_dropout,
+)
 from condcomp_lib.targets import MLP
 
 RANDOM = ("dropout-uniform", "dropout-uniform-literal")
@@ -165,3 +175,85 @@ def test_scores_equal_a_loop_over_layers_with_the_same_draws():
     for layer in target.linears[:-1]:
         h = dropped(torch.tanh(layer(h)), 0.3, noise)
     torch.testing.assert_close(scores_with_dropout(target, x, 0.3, seeded()), target.linears[-1](h))
+
+
+def test_a_rate_for_each_layer_or_example_is_uniform_and_independent_of_the_others():
+    layers = keep_rates("dropout-uniform-layer", 0.2, seeded())
+    by_layer = np.array([layers(8, 3) for _ in range(2000)])
+    examples = keep_rates("dropout-uniform-example", 0.2, seeded())
+    first, *others = examples(2000, 3)
+    assert all(other is first for other in others)
+    assert first.shape == (2000, 1)
+    for found in (*by_layer.T, first[:, 0].double().numpy()):
+        assert stats.kstest(found, stats.uniform(0.2, 0.8).cdf).pvalue > 0.001
+    assert abs(np.corrcoef(by_layer.T)[np.triu_indices(3, 1)]).max() < 0.1
+
+
+def test_one_rate_for_a_minibatch_is_shared_by_its_layers():
+    rate = keep_rates("dropout-uniform", 0.2, seeded())
+    assert all(len(set(rate(8, 3))) == 1 for _ in range(5))
+
+
+def test_every_example_is_dropped_at_its_own_rate():
+    keep = torch.tensor([[0.1], [0.5], [1.0]])
+    h = torch.ones(3, 20_000)
+    found = dropped(h, keep, seeded())
+    for row, rate in zip(found, keep[:, 0].tolist(), strict=True):
+        torch.testing.assert_close(row, (row != 0) / torch.tensor(rate))
+        assert stats.binomtest(int((row != 0).sum()), len(row), min(rate, 1.0)).pvalue > 0.001
+
+
+def test_every_layer_is_dropped_at_its_own_rate():
+    x = torch.rand(2000, 8, generator=seeded()) + 1
+    scores = scores_with_dropout(identity(2), x, [0.5, 0.25], seeded(1))
+    kept = scores != 0
+    torch.testing.assert_close(scores, x * kept * 8)
+    assert stats.binomtest(int(kept.sum()), kept.numel(), 0.125).pvalue > 0.001
+
+
+@given(st.integers(1, 40), st.integers(1, 6), st.integers(0, 1000))
+def test_the_hoyer_measure_lies_between_one_neuron_and_all_and_knows_no_scale(width, examples, seed):
+    h = torch.rand(examples, width, generator=seeded(seed), dtype=torch.float64) + 1e-3
+    found = activation_penalty([h], "hoyer")
+    assert 1 / width - 1e-9 <= found.item() <= 1 + 1e-9
+    torch.testing.assert_close(activation_penalty([7 * h], "hoyer"), found)
+    torch.testing.assert_close(activation_penalty([h, h], "hoyer"), 2 * found)
+
+
+def test_activation_penalties_of_known_activations():
+    h = torch.tensor([[1.0, 0, 0, 0], [2, 2, 2, 2], [0, 0, 0, 0]])
+    assert activation_penalty([h], "l1").item() == pytest.approx(9 / 12)
+    assert activation_penalty([h], "hoyer").item() == pytest.approx((1 / 4 + 1 + 0) / 3)
+
+
+def test_activation_penalties_have_finite_gradients_where_no_neuron_fires():
+    h = torch.zeros(2, 3, requires_grad=True)
+    activation_penalty([h], "hoyer").backward()
+    assert h.grad.isfinite().all()
+
+
+def test_hidden_activations_are_those_of_the_network():
+    target, x = MLP(4, (6, 5), 3), torch.randn(7, 4)
+    scores, hidden = scores_and_hidden(target, x)
+    assert torch.equal(scores, target(x))
+    assert [tuple(h.shape) for h in hidden] == [(7, 6), (7, 5)]
+    assert torch.equal(hidden[0], target.activation(target.linears[0](x)))
+
+
+@pytest.mark.parametrize("pretraining", PENALTIES)
+@pytest.mark.parametrize("coefficient", [-0.1, float("nan"), float("inf")])
+def test_a_coefficient_that_is_no_number_of_at_least_0_is_refused(pretraining, coefficient):
+    said = f"^the penalty's coefficient must be a number of at least 0, not {coefficient}$"
+    with pytest.raises(UsageError, match=said):
+        check(pretraining, None, {"coefficient": coefficient})
+
+
+def test_a_penalty_goes_with_its_pretrainings_only():
+    for pretraining, penalty in (("none", {"coefficient": 1.0}), *((name, None) for name in PENALTIES)):
+        with pytest.raises(UsageError, match=r"^a penalty with its coefficient goes with flow, l1, hoyer"):
+            check(pretraining, None, penalty)
+
+
+def test_an_unknown_activation_penalty_lists_the_known_ones():
+    with pytest.raises(UsageError, match=r"^unknown activation penalty 'l0'; known: hoyer, l1$"):
+        activation_penalty([torch.ones(2, 2)], "l0")

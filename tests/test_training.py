@@ -16,12 +16,13 @@ from torch.nn.functional import cross_entropy
 from condcomp_lib import datasets, estimators, policy_training, training
 from condcomp_lib.datasets import Split
 from condcomp_lib.errors import UsageError
-from condcomp_lib.fitting import OPTIMISERS, SCHEDULES, TrainingError, fit, plan
+from condcomp_lib.fitting import OPTIMISERS, SCHEDULES, Balanced, TrainingError, fit, plan
+from condcomp_lib.flow import Flow, scores_with_flow
 from condcomp_lib.lazy import LazyNetwork, decided_by, evaluate
 from condcomp_lib.partitions import Partition, make_partition
 from condcomp_lib.policies import Policy, Sample, Threshold
 from condcomp_lib.policy_training import policy_plan, train_policy
-from condcomp_lib.pretraining import PRETRAINING
+from condcomp_lib.pretraining import PENALTIES, PRETRAINING, activation_penalty, scores_and_hidden
 from condcomp_lib.runs import RunStore
 from condcomp_lib.targets import MLP, multiply_adds
 from condcomp_lib.training import (
@@ -31,11 +32,14 @@ from condcomp_lib.training import (
     first_layer,
     obtain_control,
     obtain_target,
+    snapshot,
     target_spec,
+    train_target,
 )
 
 RATES = {"sgd": 0.1, "momentum": 0.05, "rmsprop": 0.003, "adam": 0.01}
 EPS = {name: 0.2 for name in PRETRAINING if "uniform" in name}
+PENALTY = {name: {"coefficient": 0.1} for name in PENALTIES}
 
 
 def seeded(seed=0):
@@ -66,7 +70,9 @@ def small(**settings):
 
 @pytest.mark.parametrize("pretraining", PRETRAINING)
 def test_each_pretraining_beats_chance_and_follows_its_seed(pretraining, data, tmp_path):
-    spec = small(pretraining=pretraining, eps=EPS.get(pretraining), learning_rate=0.01)
+    spec = small(
+        pretraining=pretraining, eps=EPS.get(pretraining), penalty=PENALTY.get(pretraining), learning_rate=0.01
+    )
     first, second = (obtain_target(spec, data, RunStore(tmp_path / name))[1] for name in "ab")
     assert first.result == second.result
     assert first.result["test_accuracy"] > 0.25
@@ -75,7 +81,7 @@ def test_each_pretraining_beats_chance_and_follows_its_seed(pretraining, data, t
 
 
 def test_every_pretraining_starts_from_the_same_weights_and_leads_elsewhere(data, tmp_path):
-    specs = [small(pretraining=name, eps=EPS.get(name)) for name in PRETRAINING]
+    specs = [small(pretraining=name, eps=EPS.get(name), penalty=PENALTY.get(name)) for name in PRETRAINING]
     for weights in zip(*(build(spec, data).parameters() for spec in specs), strict=True):
         assert all(torch.equal(weights[0], other) for other in weights)
     ends = [obtain_target(spec, data, RunStore(tmp_path))[0].linears[0].weight for spec in specs]
@@ -88,6 +94,77 @@ def test_each_optimiser_beats_chance_and_follows_its_seed(optimiser, data, tmp_p
     first, second = (obtain_target(spec, data, RunStore(tmp_path / name))[1] for name in "ab")
     assert first.result == second.result
     assert first.result["test_accuracy"] > 0.25
+
+
+def test_a_penalty_without_weight_changes_nothing_but_what_is_drawn(data):
+    plain = train_target(small(balanced=True), data)
+    for pretraining in PENALTIES:
+        free = train_target(small(balanced=True, pretraining=pretraining, penalty={"coefficient": 0.0}), data)
+        assert free.result["penalty_share"] == [0.0, 0.0]
+        for name, array in plain.arrays.items():
+            assert array == pytest.approx(free.arrays[name], abs=1e-4)
+
+
+def test_penalties_lower_what_they_measure(data):
+    x, y = torch.from_numpy(data.train.x), torch.from_numpy(data.train.y)
+
+    def measured(pretraining, coefficient):
+        spec = small(pretraining=pretraining, penalty={"coefficient": coefficient}, epochs=4, balanced=True)
+        outcome = train_target(spec, data)
+        model = build(spec, data)
+        model.load_state_dict({name: torch.from_numpy(array) for name, array in outcome.arrays.items()})
+        with torch.no_grad():
+            if pretraining == "flow":
+                return scores_with_flow(model, x, y, Flow())[1].item(), outcome
+            return activation_penalty(scores_and_hidden(model, x)[1], pretraining).item(), outcome
+
+    for pretraining, coefficient in (("flow", 3.0), ("l1", 3.0), ("hoyer", 3.0)):
+        (with_it, outcome), (without, _) = measured(pretraining, coefficient), measured(pretraining, 0.0)
+        assert with_it < 0.95 * without
+        assert all(0 < share < 1 for share in outcome.result["penalty_share"])
+
+
+def test_snapshots_keep_the_weights_of_their_epochs(data, tmp_path):
+    spec = small(snapshots=[1, 2], epochs=2)
+    target, record = obtain_target(spec, data, RunStore(tmp_path))
+    first, last = (snapshot(record, data, epoch) for epoch in (1, 2))
+    kept = first if record.result["best_epoch"] == 1 else last
+    assert all(torch.equal(a, b) for a, b in zip(target.parameters(), kept.parameters(), strict=True))
+    assert not torch.equal(first.linears[0].weight, last.linears[0].weight)
+    assert accuracy(last, data.valid) == record.result["learning_curve"][1]
+    with pytest.raises(UsageError, match=r"^this target kept its weights of epochs \[1, 2\], not of 3$"):
+        snapshot(record, data, 3)
+
+
+def test_the_flow_penalty_needs_relu():
+    with pytest.raises(UsageError, match=r"^the class-flow penalty needs ReLU"):
+        small(pretraining="flow", penalty={"coefficient": 1.0}, activation="tanh")
+
+
+@pytest.mark.parametrize(("batch", "classes"), [(10, 10), (23, 10), (32, 3)])
+def test_balanced_minibatches_hold_every_class_alike_and_pass_over_each_in_turn(batch, classes):
+    generator = torch.Generator().manual_seed(0)
+    y = torch.cat([torch.arange(classes), torch.randint(classes, (400,), generator=generator).clamp(max=classes - 1)])
+    minibatches = Balanced(y, classes, batch)
+    rows = list(minibatches(len(y), generator))
+    assert len(rows) == math.ceil(len(y) / batch)
+    for part in rows:
+        counts = torch.bincount(y[part], minlength=classes)
+        assert counts.sum() == batch
+        assert counts.max() - counts.min() <= 1
+    seen = torch.bincount(torch.cat(rows), minlength=len(y))
+    for label in range(classes):
+        times = seen[y == label]
+        assert times.max() - times.min() <= 1  # no example comes again before all others of its class
+
+
+def test_balanced_minibatches_refuse_what_they_cannot_hold():
+    with pytest.raises(
+        UsageError, match=r"^class-balanced minibatches hold every class: batch must be at least 3, not 2$"
+    ):
+        Balanced(torch.tensor([0, 1, 2]), 3, 2)
+    with pytest.raises(UsageError, match=r"^class 1 has no training example, so minibatches cannot be class-balanced$"):
+        Balanced(torch.tensor([0, 2]), 3, 8)
 
 
 def test_a_target_with_random_rates_needs_eps_and_others_refuse_it():
