@@ -23,7 +23,7 @@ def matrix(
         for line in (ax.axhline, ax.axvline):
             line(edge * len(values) - 0.5, color=VERMILION, linewidth=0.6)
     ax.set(xticks=[], yticks=[], title=title)
-    ax.spines[:].set_visible(False)
+    ax.spines[:].set(visible=True, color=GREY, linewidth=0.5)
     ax.grid(visible=False)
     return picture
 

@@ -11,10 +11,13 @@ from condcomp_lib.files import write_atomically
 from condcomp_lib.studies import (
     block_results,
     blocks_accuracy,
+    coactivation_results,
     lazy_results,
     partitioning,
     partitioning_splits,
     policy_results,
+    pretraining_cost,
+    pretraining_results,
     split_results,
     start,
 )
@@ -62,6 +65,9 @@ def blocks() -> dict[str, str]:
     learned = studies.records("policies", "paper", partial=True)
     timed = studies.records("blocks", "paper", partial=True)
     traded = studies.records("blocks-accuracy", "paper", partial=True)
+    pretrained = studies.records("pretraining", "paper", partial=True)
+    cost = studies.records("pretraining-cost", "paper", partial=True)
+    together = studies.records("coactivation", "paper", partial=True)
     answered = sum(row["ours"] != "not yet" for row in rows)
     times = json.loads((paths.root() / "data" / "timings.json").read_text(encoding="utf-8"))
     return {
@@ -69,6 +75,9 @@ def blocks() -> dict[str, str]:
         "lazy": tables.markdown(tables.frame(matched, 2)),
         "splits": tables.markdown(tables.frame(split_results.across_kinds(splits, partitioning_splits.CHEAP), 2)),
         "policies": tables.markdown(tables.frame(policy_results.summary(learned, "best", "estimators"), 3)),
+        "pretraining": tables.markdown(tables.frame(pretraining_results.matched_table(pretrained), 3)),
+        "cost": pretraining_cost.finding(cost),
+        "flow": tables.markdown(tables.frame(coactivation_results.flow_table(together), 3)),
         "blocks": tables.markdown(tables.frame(block_results.rows(block_results.promised(timed), timed), 1)),
         "trained": tables.markdown(tables.frame(blocks_accuracy.table(traded, blocks_accuracy.rivals(traded)), 3)),
         "items": tables.markdown(pd.DataFrame(studies.items())),

@@ -156,7 +156,7 @@ shown = [
 ]
 history = [results.history(record) for record in shown]
 fig, axes = plt.subplots(
-    len(shown), len(history[0]), figsize=(9, 2.35 * len(shown)), squeeze=False
+    len(shown), len(history[0]), figsize=(9, 2.15 * len(shown)), squeeze=False
 )
 for line, record, then in zip(axes, shown, history, strict=True):
     names = [f"epoch{epoch}" for epoch, *_ in then]
@@ -181,12 +181,12 @@ display(Markdown(tables.markdown(table)))
 # %%
 widest = sizes[-1]
 names = [*coactivation.ORDERINGS, "partition", "layers"]
-fig, axes = plt.subplots(2, len(names), figsize=(10, 4.4))
-for line, name in zip(axes, (results.PLAIN, results.FLOW), strict=True):
+fig, axes = plt.subplots(2, len(names), figsize=(10, 3.9))
+for row, name in enumerate((results.PLAIN, results.FLOW)):
     pictures = results.matrices(results.first(records, widest, name), names)
-    for ax, how in zip(line, names, strict=True):
-        picture = pretraining_plots.matrix(pictures[how], how if line is axes[0] else "", ax)
-    line[0].set_ylabel(f"{widest}, {name}")
+    for ax, how in zip(axes[row], names, strict=True):
+        picture = pretraining_plots.matrix(pictures[how], "" if row else how, ax)
+    axes[row][0].set_ylabel(f"{widest}, {name}")
 fig.colorbar(picture, ax=axes, label="fire together", fraction=0.02)
 plots.save_figure(fig, "coactivation_orders", records, profile)
 plt.show()
@@ -206,17 +206,17 @@ display(Markdown(tables.markdown(table)))
 # > because no conclusion could be drawn.
 #
 # Into neuron $j$ flows $q_j = \sum_i \lvert h_i w_{ij} \rvert$. For each class, the mean of $q_j q_k$ over its test examples, neurons in the order of
-# their layers, each class divided by its mean flow squared; dark is twice the average and more.
+# their layers. Flows are divided by the class's mean over their layer, so that 1 is the average; dark is twice that and more.
 
 # %%
-fig, axes = plt.subplots(2, 10, figsize=(10, 2.7))
+fig, axes = plt.subplots(2, 10, figsize=(10, 2.4))
 names = [f"ingoing{label}" for label in range(10)]
-for line, name in zip(axes, (results.PLAIN, results.FLOW), strict=True):
+for row, name in enumerate((results.PLAIN, results.FLOW)):
     pictures = results.matrices(results.first(records, widest, name), names)
-    for label, ax in enumerate(line):
-        title = f"class {label}" if line is axes[0] else ""
+    for label, ax in enumerate(axes[row]):
+        title = "" if row else f"class {label}"
         picture = pretraining_plots.matrix(pictures[names[label]], title, ax, most=2)
-    line[0].set_ylabel(name)
+    axes[row][0].set_ylabel(name)
 fig.colorbar(picture, ax=axes, label="flow together", fraction=0.02)
 plots.save_figure(fig, "coactivation_ingoing", records, profile)
 plt.show()

@@ -135,8 +135,8 @@ def matrices(settings: Mapping[str, Any], c: Tensor, target: MLP, data: Dataset)
     found["layers"] = drawn(c, torch.arange(len(c)))
     x, y = (torch.from_numpy(part[: settings["examples"]]) for part in (data.test.x, data.test.y))
     for label in range(data.classes):
-        flow = coactivation.ingoing_flow(target, x[y == label])
-        flow = flow / flow.mean()
+        layers = coactivation.ingoing_flow(target, x[y == label]).split(list(target.hidden), 1)
+        flow = torch.cat([part / part.mean() for part in layers], 1)
         both = coactivation.block_means(flow.T @ flow / len(flow), INGOING_SIDE)
         found[f"ingoing{label}"] = both.to(torch.float16).numpy()
     return found
