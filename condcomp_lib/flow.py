@@ -90,8 +90,9 @@ def members(y: Tensor, classes: int, flow: Flow) -> Members:
     >>> members(torch.tensor([0, 1, 0, 0]), 2, Flow()).present
     2
     """
-    if classes < 2:
-        raise UsageError(f"the class-flow penalty compares classes: there must be at least two, not {classes}")
+    if not 2 <= classes < HIGH**3:
+        raise UsageError(f"the class-flow penalty compares classes: there must be at least two, and fewer than "
+                         f"{HIGH**3}, not {classes}")  # fmt: skip
     labels = y.numpy()
     if not len(labels) or labels.min() < 0 or labels.max() >= classes:
         raise UsageError(f"labels must be numbers from 0 to {classes - 1}, for at least one example")
@@ -114,11 +115,11 @@ def scores_with_flow(target: MLP, x: Tensor, y: Tensor, flow: Flow) -> tuple[Ten
     True
     """
     check_relu(target)
-    if not x.isfinite().all():
-        raise UsageError("inputs hold a number that is not finite; the class-flow penalty would be none")
     by_label = members(y, target.linears[-1].out_features, flow)
     parameters = [part for layer in target.linears for part in (layer.weight, layer.bias)]
     scores, value = _FlowLayers.apply(x, by_label, flow, *parameters)
+    if math.isnan(value.item()) and not x.isfinite().all():
+        raise UsageError("inputs hold a number that is not finite; the class-flow penalty would be none")
     return scores, value
 
 
@@ -132,7 +133,7 @@ def check_relu(target: MLP) -> None:
 def naive_flow(h: Tensor, weight: Tensor, y: Tensor, classes: int, flow: Flow) -> Tensor:
     """The penalty of one layer as the paper computes it: a tensor of classes x examples x inputs x outputs.
 
-    It is the reference for `flow_layer`, and what its cost is compared with.
+    It is the reference for `scores_with_flow`, and what its cost is compared with.
     """
     place, share, count = members(y, classes, flow)
     means = torch.zeros(count, len(y), dtype=h.dtype)
@@ -224,7 +225,7 @@ class _Measured:
         size = self.power * math.log(self.top / self.mean) + math.log(self.total)
         size -= math.log(self.count) if self.flow.normalised else 0.0
         size = size / self.power if self.flow.form == "root" else size
-        return math.exp(size) if size < MOST else math.inf
+        return math.inf if size >= MOST else math.exp(size)
 
     @property
     def _rate(self) -> float:

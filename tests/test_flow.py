@@ -161,11 +161,11 @@ def test_without_a_penalty_in_the_loss_gradients_are_the_plain_ones():
         torch.testing.assert_close(own, weight.grad)
 
 
-def test_one_class_only_is_refused():
-    with pytest.raises(
-        UsageError, match=r"^the class-flow penalty compares classes: there must be at least two, not 1$"
-    ):
-        members(torch.tensor([0, 0]), 1, Flow())
+@pytest.mark.parametrize("classes", [1, 4096])
+def test_one_class_only_and_thousands_are_refused(classes):
+    said = f"^the class-flow penalty compares classes: there must be at least two, and fewer than 4096, not {classes}$"
+    with pytest.raises(UsageError, match=said):
+        members(torch.tensor([0, 0]), classes, Flow())
 
 
 @pytest.mark.parametrize("y", [[], [0, 3], [-1, 0]])

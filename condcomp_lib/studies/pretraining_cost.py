@@ -33,14 +33,16 @@ Row = Mapping[str, Any]
 
 def grid(profile: str) -> list[dict[str, Any]]:
     """The rows: the paper's network, and from it other widths, minibatches, classes, forms and optimisers."""
+    inputs, widths, batches = (64, (25, 50, 100), (40, 80)) if profile == "quick" else (
+        3072, (50, 100, 500, 1000), (32, 64, 128)
+    )  # fmt: skip
+    rows = [{**BAR, "widths": f"{inputs}-{width}-{width}-10"} for width in widths]
+    rows += [{**BAR, "widths": f"{inputs}-50-50-10", "batch": batch} for batch in batches]
+    many = {**BAR, "batch": 100}
+    rows += [{**many, "widths": f"{inputs}-50-50-{classes}", "classes": classes} for classes in (2, 10, 50)]
     if profile == "quick":
-        return [{**BAR, "widths": "64-64-64-10"}]
-    rows = [dict(BAR), {**BAR, "optimiser": "sgd"}, {**BAR, "form": "product"}, {**BAR, "form": "pairwise"}]
-    rows += [{**BAR, "widths": f"3072-{width}-{width}-10"} for width in (50, 100, 500, 1000)]
-    rows += [{**BAR, "widths": "3072-50-50-10", "batch": batch} for batch in (32, 64, 128)]
-    return rows + [
-        {**BAR, "widths": f"3072-50-50-{classes}", "batch": 100, "classes": classes} for classes in (2, 10, 50)
-    ]
+        return rows
+    return [dict(BAR), {**BAR, "optimiser": "sgd"}, {**BAR, "form": "product"}, {**BAR, "form": "pairwise"}, *rows]
 
 
 def specs(profile: str) -> list[RunSpec]:
