@@ -48,10 +48,12 @@ lint: setup ## style, layers, types
 	$(BIN)/mypy
 
 unit: setup ## the library's tests, warnings as errors; headless executions by papermill among them
-	$(BIN)/pytest -n auto --doctest-modules condcomp_lib tests -m "not browser"
+	$(BIN)/pytest -n auto --doctest-modules condcomp_lib tests -m "not browser and not figures"
 
-notebooks: setup ## execute the committed notebooks and compare their checked outputs (nbval)
+notebooks: setup ## execute the committed notebooks, compare their checked outputs (nbval) and their figures
+	rm -rf build/nbval
 	CONDCOMP_FIGURES=$(CURDIR)/build/nbval $(BIN)/pytest --nbval-lax notebooks
+	$(BIN)/pytest -m figures tests/test_reproduce.py
 
 browser: setup ## open JupyterLab in a real browser (skipped, with the reason, where there is none)
 	$(BIN)/pytest -m browser tests/browser
