@@ -184,7 +184,7 @@ def blocks_line(row: Mapping[str, Any] | None) -> str:
 
 def flow(repeats: int) -> Iterator[dict[str, Any]]:
     """The timed rows of the class-flow penalty's cost as they come; see `studies.pretraining_cost.measure`."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # of this command; the rows say so
     for row in cost_study.grid("paper"):
         found = dict.fromkeys(("naive_ms", "naive_mb"))  # None where its tensors do not fit
         yield {**row, "threads": 1, **found, **cost_study.measure(row, repeats), **block_study.on_this_machine()}
@@ -193,15 +193,15 @@ def flow(repeats: int) -> Iterator[dict[str, Any]]:
 def flow_line(row: Mapping[str, Any] | None) -> str:
     """A row of `flow` as a line of text; the heads of its columns for None."""
     if row is None:
-        cells = ["network", "batch", "form", "optimiser", "plain ms", "factorised", "naive", "over plain",
-                 "naive over", "plain MB", "factorised", "naive"]  # fmt: skip
+        cells = ["network", "batch", "form", "optimiser", "plain ms", "factor. ms", "naive ms", "over plain",
+                 "naive over", "plain MB", "factor. MB", "naive MB"]  # fmt: skip
     else:
         middle, low, high = row["factorised_over_plain"]
         cells = [row["widths"], str(row["batch"]), row["form"], row["optimiser"]]
         cells += [f"{row['plain_ms']:.2f}", f"{row['factorised_ms']:.2f}", _whole(row["naive_ms"])]
         cells += [f"{middle:.2f} [{low:.2f}, {high:.2f}]", _whole(row.get("naive_over_factorised", [None])[0])]
         cells += [f"{row['plain_mb']:.1f}", f"{row['factorised_mb']:.1f}", _whole(row["naive_mb"])]
-    widths = (20, -6, 10, 10, -9, -11, -8, 19, -11, -10, -11, -8)
+    widths = (20, -6, 10, 10, -9, -10, -9, 19, -10, -9, -10, -9)
     texts = zip(cells, widths, strict=True)
     return "".join(f"{text:<{width}}" if width > 0 else f"{text:>{-width}} " for text, width in texts)
 
@@ -215,7 +215,7 @@ def coactivation(repeats: int) -> dict[str, Any]:
     before (the process's highest level, weights and examples left out)."""
     draws = torch.Generator().manual_seed(0)
     target, x = MLP(3072, (800, 800, 800), 10, generator=draws), torch.randn(10_000, 3072, generator=draws)
-    network_coactivation(target, x[:100])
+    network_coactivation(MLP(3072, (8,), 10, generator=draws), x[:100])  # what torch needs once
     before = _most_bytes()
     seconds = [_seconds(lambda: network_coactivation(target, x)) for _ in range(repeats)]
     return {

@@ -98,7 +98,9 @@ def bench_blocks(
 
 @bench_app.command("flow")
 def bench_flow(
-    repeats: Annotated[int, typer.Option(min=3, help="times each is measured, in turn")] = 21,
+    repeats: Annotated[
+        int, typer.Option(min=3, help="times each is measured, in turn; the naive form three times")
+    ] = 21,
     json_file: JsonFile = None,
 ) -> None:
     """Training steps without the class-flow penalty, with it factorised, and by tensors of four dimensions."""

@@ -23,7 +23,7 @@ ORDERINGS = ("mean", "hierarchical", "spectral")
 
 @torch.inference_mode()
 def firing_patterns(target: MLP, x: Tensor, batch: int = 2048) -> Tensor:
-    """On which examples each hidden neuron is above zero (bool, examples x neurons of all hidden layers, first first).
+    """On which examples each hidden neuron is above zero (bool, examples x neurons of all hidden layers, in order).
 
     >>> firing_patterns(MLP(5, (4, 3), 2), torch.zeros(6, 5)).shape
     torch.Size([6, 7])
@@ -34,6 +34,8 @@ def firing_patterns(target: MLP, x: Tensor, batch: int = 2048) -> Tensor:
 def _patterns(target: MLP, x: Tensor, batch: int) -> Iterator[Tensor]:
     if not len(x):
         raise UsageError("there are no examples to look at")
+    if not x.isfinite().all():
+        raise UsageError("the examples hold a number that is not finite")
     for h in x.split(batch):
         layers = []
         for layer in target.linears[:-1]:
@@ -84,7 +86,8 @@ def ordering(c: Tensor, how: str) -> Tensor:
 
     - "mean": by mean coactivation with all neurons, the most coactive first (the papers' figures sort so, we think).
     - "hierarchical": leaves of average linkage on the distance 1 - c_ij / max(c_ii, c_jj).
-    - "spectral": by the second eigenvector of the normalised adjacency D^-1/2 C D^-1/2.
+    - "spectral": by the second eigenvector of the random walk D^-1 C on the graph of c_ij (Shi and Malik 2000), its
+      largest entry positive.
 
     Neurons by group of a partition: `torch.argsort(membership, stable=True)`.
     """
@@ -104,6 +107,7 @@ def ordering(c: Tensor, how: str) -> Tensor:
     degree = values.sum(1)
     scale = np.divide(1, np.sqrt(degree), out=np.zeros_like(degree), where=degree > 0)
     second = eigh(scale[:, None] * values * scale, subset_by_index=[len(c) - 2, len(c) - 2])[1][:, 0] * scale
+    second = second * np.sign(second[np.abs(second).argmax()])
     return torch.from_numpy(np.argsort(second, kind="stable"))
 
 
@@ -114,11 +118,11 @@ def block_means(c: Tensor, most: int = MOST_BLOCKS) -> Tensor:
     tensor([[0.5000, 0.0000],
             [0.0000, 0.5000]])
     """
+    _check(c, least=1)
     if most < 1:
         raise UsageError(f"at least one block a side is needed, not {most}")
     sides = min(most, len(c))
     edges = torch.linspace(0, len(c), sides + 1).round().long()
-    sums = torch.zeros(sides + 1, sides + 1, dtype=torch.float64)
     running = torch.zeros(len(c) + 1, len(c) + 1, dtype=torch.float64)
     running[1:, 1:] = c.double().cumsum(0).cumsum(1)
     sums = running[edges][:, edges]
@@ -191,6 +195,7 @@ def modularity(c: Tensor, membership: Tensor) -> float:
 
     Arguments: `c` (neurons x neurons), `membership` (int64, neurons) the group of each.
     """
+    _check(c, membership)
     weights = c.double() - torch.diag(c.diagonal().double())
     degree, total = weights.sum(1), weights.sum()
     if total == 0:
@@ -224,9 +229,10 @@ def explained(c: Tensor, membership: Tensor) -> float:
     """How much of the coactivation a partition explains: the share of the variance of c_ij over pairs of different
     neurons that lies between the blocks of its groups (0 to 1).
 
-    A partition into single neurons explains all; compare partitions of as many groups.
+    A partition into single neurons explains all; compare partitions of as many groups. Much of c_ij is only how often
+    the two neurons fire: groups of neurons that fire equally often explain that, so look at `beyond_rates` as well.
     """
-    _check(c)
+    _check(c, membership)
     values = c.double()
     members = torch.nn.functional.one_hot(membership).double()
     apart = 1 - torch.eye(len(c), dtype=torch.float64)
@@ -238,8 +244,17 @@ def explained(c: Tensor, membership: Tensor) -> float:
     return ((means - centre).square() * counts).sum().item() / spread.item() if spread > 0 else 0.0
 
 
-def _check(c: Tensor) -> None:
-    if c.ndim != 2 or c.shape[0] != c.shape[1] or len(c) < 2:
-        raise UsageError(f"coactivation must be neurons x neurons, for at least two, not of shape {list(c.shape)}")
+def beyond_rates(c: Tensor) -> Tensor:
+    """What coactivation there is beyond that of neurons that fire as often, each for itself: c_ij - c_ii c_jj."""
+    _check(c)
+    rates = c.diagonal()
+    return c - rates[:, None] * rates
+
+
+def _check(c: Tensor, membership: Tensor | None = None, least: int = 2) -> None:
+    if c.ndim != 2 or c.shape[0] != c.shape[1] or len(c) < least:
+        raise UsageError(f"coactivation must be neurons x neurons, for at least {least}, not of shape {list(c.shape)}")
+    if membership is not None and len(membership) != len(c):
+        raise UsageError(f"{len(c)} neurons need as many groups, not {len(membership)}")
     if not c.isfinite().all():
         raise UsageError("coactivation holds a number that is not finite")

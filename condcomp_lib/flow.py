@@ -1,4 +1,4 @@
-"""The class-flow penalty (*partitions*, section 4.2), at about the cost of weight decay.
+"""The class-flow penalty (*partitions*, section 4.2), by two passes over the weights.
 
 The flow of class c through a connection is f_ij^c, the mean of |h_i w_ij| over the examples of that class, and the
 penalty of a layer is large where all classes use the same connections. Since |h_i w_ij| = |h_i| |w_ij|, with a_i^c the
@@ -34,7 +34,8 @@ MOST = 709.0  # whose exponential is still a number
 
 @inlined
 def _raised(v, power):  # type: ignore[no-untyped-def]
-    """v^power for whole exponents below HIGH, without a branch: loops over it work on a vector at a time."""
+    """v^power for whole exponents from 0 to below HIGH, by squares and without a branch: loops over it take a vector at
+    a time."""
     one = type(v)(1)
     v2 = v * v
     v4 = v2 * v2
@@ -115,11 +116,14 @@ def scores_with_flow(target: MLP, x: Tensor, y: Tensor, flow: Flow) -> tuple[Ten
     True
     """
     check_relu(target)
+    if len(y) != len(x) or x.dtype != target.linears[0].weight.dtype or y.dtype != torch.int64:
+        raise UsageError(f"examples must come as {target.linears[0].weight.dtype}, each with an int64 label; not "
+                         f"{len(x)} as {x.dtype} with {len(y)} labels as {y.dtype}")  # fmt: skip
     by_label = members(y, target.linears[-1].out_features, flow)
     parameters = [part for layer in target.linears for part in (layer.weight, layer.bias)]
     scores, value = _FlowLayers.apply(x, by_label, flow, *parameters)
     if math.isnan(value.item()) and not x.isfinite().all():
-        raise UsageError("inputs hold a number that is not finite; the class-flow penalty would be none")
+        raise UsageError("inputs hold a number that is not finite; the class-flow penalty would be NaN")
     return scores, value
 
 
@@ -243,8 +247,11 @@ class _Measured:
         if not self.total:
             return
         steep = coefficient * self._rate * self.power / (self.top * self.total)
-        add = _add_gradient if self.power < HIGH else _add_high_gradient
-        add(slope.numpy(), weight.numpy(), self.level.numpy(), self.power, 1 / self.top, steep)
+        if self.power == 1:  # a single class occurs: its flows themselves
+            _add_signs(slope.numpy(), weight.numpy(), self.level.numpy(), self.top * steep)
+        else:
+            add = _add_gradient if self.power < HIGH else _add_high_gradient
+            add(slope.numpy(), weight.numpy(), self.level.numpy(), self.power, 1 / self.top, steep)
         if self._flat:
             _add_signs(slope.numpy(), weight.numpy(), self.by_class.sum(0).numpy(), coefficient * self._flat)
 

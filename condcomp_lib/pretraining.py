@@ -22,6 +22,7 @@ DROPOUT = (
 )
 ACTIVATION = ("l1", "hoyer")  # penalties of the hidden activations
 PENALTIES = ("flow", *ACTIVATION)
+FLOW_OPTIONS = ("form", "normalised")  # see `flow.Flow`
 PRETRAINING = ("none", *DROPOUT, *PENALTIES)
 LITERAL_LEAST_KEEP = 0.05
 
@@ -31,7 +32,7 @@ KeepRates = Callable[[int, int], list[Keep]]
 
 def check(pretraining: str, eps: float | None, penalty: Mapping[str, Any] | None = None) -> None:
     """Raise UsageError unless `pretraining` is known, `eps` is given exactly where rates are random, and a `penalty`
-    exactly where there is one, with a coefficient above zero."""
+    exactly where there is one: its coefficient, of at least 0, and for "flow" its form."""
     if pretraining not in PRETRAINING:
         raise unknown("pretraining", pretraining, PRETRAINING)
     if not pretraining.startswith("dropout-uniform"):
@@ -42,8 +43,14 @@ def check(pretraining: str, eps: float | None, penalty: Mapping[str, Any] | None
     if (penalty is None) == (pretraining in PENALTIES):
         raise UsageError(f"a penalty with its coefficient goes with {', '.join(PENALTIES)}, and only there; not "
                          f"{penalty} with {pretraining!r}")  # fmt: skip
-    if penalty is not None and not 0 <= penalty.get("coefficient", -1) < math.inf:
-        raise UsageError(f"the penalty's coefficient must be a number of at least 0, not {penalty.get('coefficient')}")
+    if penalty is None:
+        return
+    coefficient, known = penalty.get("coefficient"), ("coefficient", *(FLOW_OPTIONS if pretraining == "flow" else ()))
+    if not isinstance(coefficient, float | int) or not 0 <= coefficient < math.inf:
+        raise UsageError(f"the penalty's coefficient must be a number of at least 0, not {coefficient}")
+    for name in penalty:
+        if name not in known:
+            raise unknown(f"setting of the penalty {pretraining!r}", name, known)
 
 
 def keep_rates(pretraining: str, eps: float | None, generator: torch.Generator) -> KeepRates | None:

@@ -59,4 +59,6 @@ def markdown(table: pd.DataFrame) -> str:
     def line(cells: Iterable[Any]) -> str:
         return "| " + " | ".join(str(cell).replace("|", "/") for cell in cells) + " |"
 
+    if table.empty:
+        return ""
     return "\n".join([line(table.columns), line("---" for _ in table.columns), *(line(r) for r in table.to_numpy())])

@@ -57,6 +57,8 @@ def target_spec(
     if pretraining == "flow" and activation != "relu":
         raise UsageError(f"the class-flow penalty needs ReLU, under which a connection's flow keeps its sign; not "
                          f"{activation}")  # fmt: skip
+    if pretraining == "flow":
+        flow.Flow(**{name: value for name, value in (penalty or {}).items() if name != "coefficient"})
     settings = {
         "dataset": dataset,
         "architecture": architecture,
@@ -65,6 +67,9 @@ def target_spec(
         "target_seed": target_seed,
         **plan(**training),
     }
+    for epoch in snapshots:
+        if not 1 <= epoch <= settings["max_epochs"]:
+            raise UsageError(f"snapshots are of epochs from 1 to {settings['max_epochs']}, not of {epoch}")
     more = {"dropout_eps": eps, "penalty": dict(penalty) if penalty else None, "snapshots": list(snapshots) or None,
             "balanced": balanced or None}  # fmt: skip
     return RunSpec("targets", RECIPE, settings | {key: value for key, value in more.items() if value is not None})
@@ -97,9 +102,9 @@ def _restored(model: MLP, record: Record, epoch: int | None = None) -> MLP:
 
 def snapshot(record: Record, data: Dataset, epoch: int) -> MLP:
     """The target of a record as it was after an epoch that its spec names under "snapshots"."""
-    if epoch not in record.spec.settings.get("snapshots", ()):
-        raise UsageError(f"this target kept its weights of epochs {record.spec.settings.get('snapshots', [])}, not of "
-                         f"{epoch}")  # fmt: skip
+    kept = [one for one in record.spec.settings.get("snapshots", []) if one <= record.result["epochs"]]
+    if epoch not in kept:
+        raise UsageError(f"this target kept its weights of epochs {kept}, not of {epoch}")
     return _restored(build(record.spec, data), record, epoch)
 
 

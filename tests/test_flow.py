@@ -194,6 +194,6 @@ def test_inputs_that_are_no_numbers_are_refused():
     x = torch.rand(4, 4, dtype=torch.float64)
     x[1, 2] = math.nan
     with pytest.raises(
-        UsageError, match=r"^inputs hold a number that is not finite; the class-flow penalty would be none$"
+        UsageError, match=r"^inputs hold a number that is not finite; the class-flow penalty would be NaN$"
     ):
         scores_with_flow(network([4, 5], 2), x, torch.tensor([0, 1, 0, 1]), Flow())

@@ -151,8 +151,9 @@ def train_gumbel(
     if schedule not in SCHEDULES:
         raise unknown("Gumbel schedule", schedule, SCHEDULES)
     check_cut(lazy.partition, [len(mu) for mu in gumbel.preferences], gumbel.groups, gumbel.scope)
-    if "controller" in settings:
-        raise UsageError("Gumbel-Softmax is trained with a fixed lambda_s; leave the controller out")
+    for unused in ("controller", "sparsity", "rates", "computation", "distil", "augment", "warm_start", "finetune"):
+        if settings.get(unused):
+            raise UsageError(f"Gumbel-Softmax is trained on labels with a fixed lambda_s; leave out {unused!r}")
     if lazy.rescale == "sigma":
         raise UsageError('Gumbel-Softmax takes rescale "none" or "activity", not "sigma"')
     examples = min(len(data.train), settings.get("epoch_examples", len(data.train)))
@@ -162,7 +163,7 @@ def train_gumbel(
     name = settings.get("estimator", "reinforce")
     if name not in LEARNING:
         raise unknown("estimator for Gumbel-Softmax", name, LEARNING)
-    options = {"baseline": settings["baseline"]} if name == "reinforce" else settings.get("options", {})
+    options = dict(settings.get("options", {})) | ({"baseline": settings["baseline"]} if name == "reinforce" else {})
     estimator = LEARNING[name](**options)
     drawing = lazy.decision.generator if isinstance(lazy.decision, Sample) else generator
     steps = settings["max_epochs"] * -(-examples // settings["batch"])

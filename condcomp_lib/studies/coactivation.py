@@ -15,6 +15,7 @@ from condcomp_lib.partitioners.clustering import activation_partition
 from condcomp_lib.partitions import make_partition
 from condcomp_lib.runs import Outcome, RunSpec, RunStore
 from condcomp_lib.studies import coactivation_results, targets
+from condcomp_lib.studies import pretraining as pretraining_study
 from condcomp_lib.studies.coactivation_results import FLOW, PLAIN, PRODUCT
 from condcomp_lib.targets import MLP
 from condcomp_lib.training import accuracy, obtain_target, snapshot
@@ -29,7 +30,7 @@ SPLIT_EXAMPLES = 4000  # training examples that the split is made from
 EPOCHS = (1, 4, 8, 12)  # whose coactivation is kept: figures 2 and 3 show how it comes about
 # Coefficients chosen by hand on target seed 0 of 2x200 (four epochs of 20,000 examples; roots from 0.01 to 4, products
 # from 10 to 1e7): the penalty takes a tenth to a third of the loss and validation accuracy is not lower than without
-# it, or, for products, a few hundredths, above which it makes no number.
+# it, or, for products, a few hundredths, above which training diverges.
 COEFFICIENTS = {"svhn": {FLOW: 1.5, PRODUCT: 1e7}, "digits": {FLOW: 0.3, PRODUCT: 1e5}}
 HOYER = 0.3
 
@@ -54,18 +55,22 @@ def kinds(profile: str) -> list[dict[str, Any]]:
 
 
 def _more(epochs: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The large targets of figure 1, and other ways to pretrain the network of figure 3."""
+    """Targets of the tables of study `pretraining`, figure 1's among them, and other ways to pretrain the network of
+    figure 3, with the same minibatches."""
     same = {"dataset": "svhn", "dropout_eps": None}
     found: list[dict[str, Any]] = []
     for pretraining, eps in (("none", None), ("dropout-0.5", None), ("dropout-uniform", 0.5)):
         found.append({**same, "architecture": "3x800", "network": targets.label(pretraining, eps),
                       "pretraining": pretraining, "dropout_eps": eps})  # fmt: skip
-    hoyer = {**epochs, "penalty": {"coefficient": HOYER}}
-    found.append({**same, "architecture": "2x500", "network": targets.label("hoyer", None), "pretraining": "hoyer",
-                  "target_training": hoyer})  # fmt: skip
-    for pretraining in ("dropout-uniform", "dropout-uniform-layer", "dropout-uniform-example"):
-        found.append({**same, "architecture": "2x500", "network": targets.label(pretraining, 0.5),
-                      "pretraining": pretraining, "dropout_eps": 0.5, "target_training": dict(epochs)})  # fmt: skip
+    for pretraining, own in pretraining_study.PENALTY.items():
+        found.append({**same, "architecture": "3x800", "network": targets.label(pretraining, None),
+                      "pretraining": pretraining, "target_training": {**epochs, **own}})  # fmt: skip
+    balanced = {**epochs, "balanced": True}
+    for pretraining in ("hoyer", "dropout-uniform", "dropout-uniform-layer", "dropout-uniform-example"):
+        eps = 0.5 if pretraining != "hoyer" else None
+        own = {**balanced, "penalty": {"coefficient": HOYER}} if eps is None else balanced
+        found.append({**same, "architecture": "2x500", "network": targets.label(pretraining, eps),
+                      "pretraining": pretraining, "dropout_eps": eps, "target_training": own})  # fmt: skip
     return found
 
 
@@ -119,13 +124,19 @@ def split_of(settings: Mapping[str, Any], target: MLP, data: Dataset) -> Tensor:
 
 
 def explained(settings: Mapping[str, Any], c: Tensor, target: MLP, data: Dataset) -> dict[str, float]:
-    """How much of the coactivation a split explains that was made from it, and a random one."""
+    """How much of the coactivation three splits into as many groups explain, of all of it and of what is beyond firing
+    rates: the one made from coactivation, one by firing rate alone, and a random one."""
     generator = torch.Generator().manual_seed(settings["target_seed"])
     chance = make_partition("balanced", target.hidden, settings["groups"], generator, settings["scope"])
-    return {
-        "coactivation": coactivation.explained(c, split_of(settings, target, data)),
-        "random": coactivation.explained(c, torch.cat(chance.membership)),
+    ranks = c.diagonal().argsort().argsort()
+    splits = {
+        "coactivation": split_of(settings, target, data),
+        "rates": ranks * settings["groups"] // len(c),
+        "random": torch.cat(chance.membership),
     }
+    beyond = coactivation.beyond_rates(c)
+    found = {name: coactivation.explained(c, split) for name, split in splits.items()}
+    return found | {f"{name}, beyond": coactivation.explained(beyond, split) for name, split in splits.items()}
 
 
 def matrices(settings: Mapping[str, Any], c: Tensor, target: MLP, data: Dataset) -> dict[str, np.ndarray]:

@@ -24,7 +24,7 @@ from condcomp_lib.targets import MLP
 
 RECIPE = 1
 REPEATS = {"quick": 5, "paper": 21}
-NAIVE_REPEATS = 3  # at least; a step takes seconds
+NAIVE_REPEATS = 3  # at most; a step takes seconds
 STEPS = 5  # in a row, of those that take milliseconds
 MOST_BYTES = 2**31  # of one four-dimensional tensor; above it the naive form is not tried
 BAR = {"widths": "3072-250-250-10", "batch": 20, "classes": 10, "optimiser": "adam", "form": "root"}
@@ -266,8 +266,8 @@ def claims(records: Sequence[Record]) -> list[Claim]:
         statement = f"{net}: a step with the factorised penalty takes at most 1.5 times a plain one"
         found.append(judge("flow.cost.time", "ours", statement, ratio, below=1.5))
         faster = _interval(result["naive_over_factorised"], NAIVE_REPEATS)
-        statement = f"{net}: the paper's tensors take a hundred times as long or more"
-        found.append(judge("flow.cost.naive", "partitions, 5.5", statement, faster, above=100.0))
+        statement = f"{net}: the paper's tensors take more than a hundred times as long ({NAIVE_REPEATS} turns)"
+        found.append(judge("flow.cost.naive", "ours", statement, faster, above=100.0))
     return found
 
 
