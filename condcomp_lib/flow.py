@@ -248,7 +248,7 @@ class _Measured:
             return
         steep = coefficient * self._rate * self.power / (self.top * self.total)
         if self.power == 1:  # a single class occurs: its flows themselves
-            _add_signs(slope.numpy(), weight.numpy(), self.level.numpy(), self.top * steep)
+            _add_signs(slope.numpy(), weight.numpy(), self.level.numpy(), steep)
         else:
             add = _add_gradient if self.power < HIGH else _add_high_gradient
             add(slope.numpy(), weight.numpy(), self.level.numpy(), self.power, 1 / self.top, steep)

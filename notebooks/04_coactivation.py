@@ -14,8 +14,7 @@
 # %% [markdown]
 # # Coactivation: see which neurons fire together
 #
-# A lazy network evaluates groups. That is cheap for it where neurons fire in groups: together on some inputs, silent together on the
-# others. *partitions*, section 5.4, looks whether networks are like that, and section 5.5 whether the class-flow penalty of
+# A lazy network evaluates groups. That pays where neurons fire in groups: together on some inputs, silent together on the others. *partitions*, section 5.4, looks whether networks are like that, and section 5.5 whether the class-flow penalty of
 # `03_pretraining` makes them so. Its pictures are here, with what they left out: orders other than sorting, numbers to compare networks
 # by, and the flow into neurons class by class.
 #
@@ -100,28 +99,31 @@ plt.show()
 #
 # | | |
 # |---|---|
-# | mean | of $c_{ij}$; it falls when fewer neurons fire, whatever else happens |
-# | over independent | mean $c_{ij}$ over mean $c_{ii} c_{jj}$, what it would be if neurons fired independently |
+# | mean | of $c_{ij}$; like the three below it, it also changes when neurons fire more or less often, whatever else happens |
 # | Gini | of $c_{ij}$: 0 if all pairs are alike, near 1 if few pairs have it all |
 # | pairs above 0.1 | the share of pairs that fire together on a tenth of the examples |
 # | partners | for a neuron that fires, the share of others that fire with it at least every tenth time |
+# | over independent | mean $c_{ij}$ over mean $c_{ii} c_{jj}$, what it would be if neurons fired independently |
 # | modularity | of the best split into 2 to 8 communities found: 0 without communities |
-# | a split explains | the share of the variance of $c_{ij}$ that lies between its groups |
+# | a split explains | the share of the variance of $c_{ij}$, or of $c_{ij} - c_{ii} c_{jj}$ (*beyond rates*), between its groups |
 
 # %% tags=["nbval-check-output"]
 found = coactivation.measures(c)
 print(f"mean {found.mean:.2f}, over independent {found.lift:.2f}, Gini {found.gini:.2f}")
 print(f"pairs above 0.1: {found.above:.2f}, partners {found.partners:.2f}")
 explained = coactivation.explained(c, membership)
-print(f"modularity {found.modularity:.2f}; the split explains {explained:.2f}")
+beyond = coactivation.explained(coactivation.beyond_rates(c), membership)
+print(
+    f"modularity {found.modularity:.2f}; the split explains {explained:.2f}, beyond rates {beyond:.2f}"
+)
 
 # %% [markdown]
 # ## Networks with and without dropout
 #
-# > **The paper says** (section 5.4 and Figure 1): dropout lowers coactivation, but groups of strongly codependent neurons remain, and
-# > neurons coactivate with most others instead of with some: not what conditional computation needs.
+# > **The paper says** (section 5.4 and Figure 1): dropout lowers coactivation, but some sets of neurons still depend strongly on one another,
+# > and a neuron fires together with most others rather than with a few: not what conditional computation needs.
 #
-# Figure 1 again, on SVHN: three networks of 3 x 800 units, sorted as in the paper, first target seed. (On digits this figure is left out.)
+# Figure 1 again, on SVHN: three networks of 3 x 800 neurons, sorted as in the paper, first target seed. (On digits this figure is left out.)
 
 # %%
 records = studies.records("coactivation", profile)
@@ -138,12 +140,12 @@ if large:
 # %% [markdown]
 # ## With the class-flow penalty
 #
-# > **The paper says** (section 5.5, Figures 2 and 3): networks trained with the penalty learn sparse coactivation, in groups rather than
-# > spread out as with dropout; one of 2 x 200 units reached 46.95% validation accuracy and one of 2 x 500 units 74.37%, limited to 200
-# > minibatches of 32 an epoch: wider networks are needed.
+# > **The paper says** (section 5.5, Figures 2 and 3): networks trained with the penalty seem to learn sparser coactivation; the authors
+# > suspect groups, and that such networks must be wider. One of 2 x 200 neurons reached 46.95% validation accuracy, one of 2 x 500
+# > neurons 74.37%, with 200 minibatches of 32 an epoch.
 #
 # Figures 2 and 3 again, but trained on all of the data: coactivation as training goes on, sorted. *product* is the paper's form of the
-# penalty, *root* its C-th root, *plain* the same training without it. Titles give epoch, validation accuracy and mean coactivation.
+# penalty, *root* its C-th root, *plain* the same training without it, with the same class-balanced minibatches. Titles give epoch, validation accuracy and mean coactivation.
 
 # %%
 sizes = list(
@@ -193,10 +195,21 @@ plt.show()
 
 # %% [markdown]
 # ## All networks in numbers
+#
+# Networks of 2 x 200 and 2 x 500 neurons all see class-balanced minibatches for 12 epochs; those of 3 x 800 are the targets of `03_pretraining`.
 
 # %% tags=["nbval-check-output"]
 table = tables.frame(results.table(records), 2)
 tables.save_table(table, "coactivation_table", records, profile)
+display(Markdown(tables.markdown(table)))
+
+# %% [markdown]
+# What 16 groups explain, if they are made from coactivation (of other examples), by firing rate alone, or at random. Groups of neurons
+# that fire equally often explain much of $c_{ij}$ and nothing that a policy could use; *beyond rates* they do not.
+
+# %% tags=["nbval-check-output"]
+table = tables.frame(results.split_table(records), 2)
+tables.save_table(table, "coactivation_split_table", records, profile)
 display(Markdown(tables.markdown(table)))
 
 # %% [markdown]

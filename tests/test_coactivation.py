@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from condcomp_lib.coactivation import (
     ORDERINGS,
+    beyond_rates,
     block_means,
     coactivation,
     communities,
@@ -115,6 +116,16 @@ def test_the_best_split_found_is_the_planted_one():
     assert explained(two_blocks(), torch.arange(20) // 10) < 0.1
 
 
+def test_groups_by_rate_explain_independent_neurons_but_nothing_beyond_their_rates():
+    generator = torch.Generator().manual_seed(0)
+    rates = torch.linspace(0.05, 0.95, 40)
+    c = coactivation(torch.rand(20_000, 40, generator=generator) < rates)
+    by_rate = torch.arange(40) // 5
+    assert explained(c, by_rate) > 0.9
+    assert explained(beyond_rates(c), by_rate) < 0.2
+    assert explained(beyond_rates(two_blocks()), torch.arange(20) % 2) == pytest.approx(1)
+
+
 def test_gini_knows_its_ends():
     assert gini(torch.ones(9)) == 0
     assert gini(torch.tensor([0.0] * 99 + [1.0])) == pytest.approx(0.99)
@@ -129,8 +140,14 @@ def test_a_network_that_never_fires_has_no_communities():
 def test_bad_input_is_refused_in_one_line():
     with pytest.raises(UsageError, match=r"^there are no examples to look at$"):
         network_coactivation(network(), torch.zeros(0, 8))
-    with pytest.raises(UsageError, match=r"^coactivation must be neurons x neurons"):
-        measures(torch.zeros(3, 4))
+    with pytest.raises(UsageError, match=r"^the examples hold a number that is not finite$"):
+        network_coactivation(network(), torch.full((2, 8), float("nan")))
+    for wrong in (measures, block_means, beyond_rates):
+        with pytest.raises(UsageError, match=r"^coactivation must be neurons x neurons"):
+            wrong(torch.zeros(3, 4))
+    for wrong in (explained, modularity):
+        with pytest.raises(UsageError, match=r"^20 neurons need as many groups, not 3$"):
+            wrong(two_blocks(), torch.zeros(3, dtype=torch.int64))
     with pytest.raises(UsageError, match=r"^coactivation holds a number that is not finite$"):
         ordering(torch.full((3, 3), float("nan")), "mean")
     with pytest.raises(UsageError, match="ordering"):

@@ -28,12 +28,27 @@ def naive(target, x, y, flow):
     return x, total
 
 
-def gradients(target, x, scores, value):
-    """Of the penalty together with something of the scores, in the weights and in the input."""
+def gradients(target, x, loss):
+    """Of `loss`, in the input and in the weights."""
     target.zero_grad()
     x.grad = None
-    (value + scores.square().sum()).backward()
-    return [x.grad.clone(), *(weight.grad.clone() for weight in target.parameters())]
+    loss.backward()
+    zeros = torch.zeros_like
+    return [zeros(part) if part.grad is None else part.grad.clone() for part in (x, *target.parameters())]
+
+
+def compare(target, x, y, flow):
+    """Value and gradient by both ways; the penalty's gradient by itself, taken to the size of one."""
+    scores, value = scores_with_flow(target, x, y, flow)
+    reference, expected = naive(target, x, y, flow)
+    torch.testing.assert_close(scores, reference)
+    torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-300)
+    silent = any(part == 0 for part in by_layer(target, x, y, flow))
+    if value == 0 or (flow.form == "root" and silent):
+        return  # the root has no slope at zero; ours is then none
+    ours = gradients(target, x, value / value.detach())
+    for own, other in zip(ours, gradients(target, x, expected / expected.detach()), strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-7, atol=1e-9)
 
 
 def labels(classes, examples, generator):
@@ -59,16 +74,36 @@ def test_factorised_equals_naive_in_value_and_gradient(widths, classes, more, se
             layer.weight *= torch.rand(layer.weight.shape, generator=generator) >= zeros
             layer.bias += 1  # most neurons fire for some example of each class
     x.requires_grad_()
-    scores, value = scores_with_flow(target, x, y, flow)
-    reference, expected = naive(target, x, y, flow)
-    torch.testing.assert_close(scores, reference)
-    torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-300)
-    silent = any(part == 0 for part in by_layer(target, x, y, flow))
-    if flow.form == "root" and silent:
-        return  # the root has no slope at zero; ours is then left at none
-    ours, theirs = gradients(target, x, scores, value), gradients(target, x, reference, expected)
-    for own, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(own, other, rtol=1e-7, atol=1e-12)
+    compare(target, x, y, flow)
+
+
+@pytest.mark.parametrize("flow", [flow for flow in FLOWS if flow.form != "product"], ids=str)
+@pytest.mark.parametrize("present", [[2], [0, 3], [0, 1, 4]])
+def test_they_are_equal_where_classes_are_missing_down_to_a_single_one(flow, present):
+    target = network([6, 8, 7], 5)
+    x = torch.rand(12, 6, dtype=torch.float64, requires_grad=True)
+    compare(target, x, torch.tensor(present * 12)[:12], flow)
+
+
+def test_scores_and_penalty_share_one_backward_pass():
+    target, y = network([6, 8], 3), torch.arange(9) % 3
+    x = torch.rand(9, 6, dtype=torch.float64, requires_grad=True)
+    found = []
+    for scores, value in (scores_with_flow(target, x, y, Flow()), naive(target, x, y, Flow())):
+        found.append(gradients(target, x, scores.square().sum() + 3 * value))
+    for own, other in zip(*found, strict=True):
+        torch.testing.assert_close(own, other)
+
+
+def test_a_row_that_is_quite_another_than_those_looked_at_does_not_leave_the_number_format():
+    target = network([40], 10).float()
+    with torch.no_grad():
+        target.linears[0].weight[:, :] = 1e-6
+        target.linears[0].weight[1] = 1.0  # powers of ten of their ratio are 1e60
+    x, y = torch.rand(20, 40), torch.arange(20) % 10
+    value = scores_with_flow(target, x, y, Flow("product"))[1]
+    exact = scores_with_flow(target.double(), x.double(), y, Flow("product"))[1]
+    assert value.item() == pytest.approx(exact.item(), rel=1e-4)
 
 
 def by_layer(target, x, y, flow):
@@ -86,13 +121,18 @@ def test_single_precision_is_finite_from_two_to_a_hundred_classes_and_as_in_doub
     target = network([30, 40], classes, classes)
     y = labels(classes, 2 * classes, generator)
     x = torch.randn(len(y), 30, generator=generator, dtype=torch.float64)
-    exact = scores_with_flow(target, x, y, flow)[1].item()
-    single = target.float()
-    value = scores_with_flow(single, x.float(), y, flow)[1]
-    value.backward()
+    x.requires_grad_()
+    exact = scores_with_flow(target, x, y, flow)[1]
+    slopes = gradients(target, x, exact / exact.detach() if exact > 0 else exact)
+    single, short = target.float(), x.detach().float().requires_grad_()
+    value = scores_with_flow(single, short, y, flow)[1]
     assert math.isfinite(value.item())
-    assert value.item() == pytest.approx(exact, rel=1e-3, abs=1e-300)
-    assert all(weight.grad.isfinite().all() for weight in single.parameters())
+    assert value.item() == pytest.approx(exact.item(), rel=1e-3, abs=1e-300)
+    for own, other in zip(
+        gradients(single, short, value / value.detach() if exact > 0 else value), slopes, strict=True
+    ):
+        assert own.isfinite().all()
+        torch.testing.assert_close(own.double(), other, rtol=1e-2, atol=1e-3 * other.abs().max().item() + 1e-30)
 
 
 def test_a_class_that_does_not_use_a_connection_makes_the_product_zero_but_not_the_pairs():
@@ -102,18 +142,6 @@ def test_a_class_that_does_not_use_a_connection_makes_the_product_zero_but_not_t
     assert scores_with_flow(target, x, y, Flow("product"))[1].item() == 0
     assert scores_with_flow(target, x, y, Flow("root"))[1].item() == 0
     assert scores_with_flow(target, x, y, Flow("pairwise"))[1].item() > 0
-
-
-@pytest.mark.parametrize("form", ["root", "pairwise"])
-def test_missing_classes_are_skipped_and_stay_finite(form):
-    target = network([6, 8], 10)
-    x = torch.rand(12, 6, dtype=torch.float64)
-    y = torch.tensor([0, 3, 7] * 4)
-    value = scores_with_flow(target, x, y, Flow(form))[1]
-    value.backward()
-    assert 0 < value.item() < math.inf
-    kept = naive(target, x, y, Flow(form))[1]
-    torch.testing.assert_close(value, kept)
 
 
 def test_the_root_is_comparable_when_a_class_is_missing():
@@ -183,6 +211,15 @@ def test_another_activation_is_refused():
     target = network([4, 5], 2, activation="tanh")
     with pytest.raises(UsageError, match=r"^the class-flow penalty needs ReLU.*Tanh"):
         scores_with_flow(target, torch.rand(4, 4, dtype=torch.float64), torch.tensor([0, 1, 0, 1]), Flow())
+
+
+def test_examples_and_labels_that_do_not_fit_are_refused_before_anything_is_read():
+    target, x = network([4, 5], 2), torch.rand(6, 4, dtype=torch.float64)
+    for wrong, y in ((x, torch.tensor([0, 1])), (x.float(), torch.arange(6) % 2), (x, torch.zeros(6))):
+        with pytest.raises(
+            UsageError, match=r"^examples must come as torch.float64, each with an int64 label; not 6 as "
+        ):
+            scores_with_flow(target, wrong, y, Flow())
 
 
 def test_another_form_is_refused():

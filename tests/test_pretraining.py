@@ -241,11 +241,20 @@ def test_hidden_activations_are_those_of_the_network():
 
 
 @pytest.mark.parametrize("pretraining", PENALTIES)
-@pytest.mark.parametrize("coefficient", [-0.1, float("nan"), float("inf")])
+@pytest.mark.parametrize("coefficient", [-0.1, float("nan"), float("inf"), "much"])
 def test_a_coefficient_that_is_no_number_of_at_least_0_is_refused(pretraining, coefficient):
     said = f"^the penalty's coefficient must be a number of at least 0, not {coefficient}$"
     with pytest.raises(UsageError, match=said):
         check(pretraining, None, {"coefficient": coefficient})
+
+
+def test_unknown_settings_of_a_penalty_are_refused():
+    with pytest.raises(
+        UsageError, match=r"^unknown setting of the penalty 'flow' 'frm'; known: coefficient, form, normalised$"
+    ):
+        check("flow", None, {"coefficient": 1, "frm": "root"})
+    with pytest.raises(UsageError, match=r"^unknown setting of the penalty 'hoyer' 'form'; known: coefficient$"):
+        check("hoyer", None, {"coefficient": 1, "form": "root"})
 
 
 def test_a_penalty_goes_with_its_pretrainings_only():

@@ -6,7 +6,7 @@ import torch
 
 from condcomp_lib import published, studies
 from condcomp_lib.flow import FORMS, Flow, scores_with_flow
-from condcomp_lib.runs import RunSpec, RunStore
+from condcomp_lib.runs import Outcome, RunSpec, RunStore
 from condcomp_lib.studies import (
     coactivation,
     coactivation_results,
@@ -142,3 +142,111 @@ def _smaller(spec, training):
     """The same run with a target that is trained briefly."""
     own = {**spec.settings["target_training"], **training}
     return RunSpec(spec.study, spec.recipe, {**spec.settings, "target_training": own})
+
+
+# What is made of records: made-up ones with known differences.
+
+
+def stored(tmp_path, spec, result, arrays=None):
+    return RunStore(tmp_path / "made-up").put(spec, Outcome(result, arrays), 1.0)
+
+
+@pytest.fixture
+def cells(tmp_path):
+    """Every run of the tables: a ratio of 0.5, 0.1 more for each of DPG and random rates, and what all runs with the same
+    target and policy share."""
+    found = []
+    for spec in pretraining.specs("paper"):
+        s = spec.settings
+        better = 0.1 * (s["method"] == "dpg") + 0.1 * (s["pretraining"] == "dropout-uniform")
+        ratio = 0.5 + better + 0.03 * s["target_seed"] - 0.07 * s["policy_seed"]
+        result = dict.fromkeys(("blind_ratio", "activity", "compute"), 0.25) | {
+            "accuracy_ratio": ratio,
+            "accuracy": ratio,
+        }
+        full = 0.9 + 0.01 * (s["pretraining"] == "dropout-uniform") + 0.02 * s["target_seed"]
+        result |= {"target_accuracy": full, "target_valid_accuracy": full, "valid_accuracy": ratio * full}
+        if s["method"] != pretraining.BEST:
+            sampled = {"valid_accuracy": 0.5 * full, "accuracy_ratio": 0.5, "activity": 0.4, "valid_activity": 0.4}
+            result["published"] = sampled
+        result |= {"control_ratio": 0.99} if s["control"] else {}
+        found.append(stored(tmp_path, spec, result))
+    return found
+
+
+def test_claims_of_the_tables_pair_targets_and_policies(cells):
+    judged = {claim.id: claim for claim in pretraining_results.claims(cells)}
+    again = {claim.id: claim for claim in pretraining_results.claims(cells[::-1])}
+    assert judged == again
+    for id, gain in (
+        ("pretraining.matched.dropout-uniform.reinforce", 0.1),
+        ("pretraining.matched.dropout-0.5.dpg", 0.1),
+        ("pretraining.target.none", 0.01),
+        ("pretraining.best.dropout-uniform", 0.1),
+    ):
+        assert judged[id].verdict == "holds"
+        assert (judged[id].interval.low, judged[id].interval.high) == pytest.approx((gain, gain))
+    same = judged["pretraining.sampled.dropout-uniform.reinforce"]
+    assert same.verdict == "undecided"
+    assert "40% active" in same.statement
+
+
+def test_tables_have_every_cell_with_the_papers_number_or_why_there_is_none(cells):
+    first = {(row["pretraining"], row["method"]): row for row in pretraining_results.table_1(cells)}
+    assert first["no dropout", "DPG"]["published"] == "lost"
+    assert first["dropout, keep 0.5", "REINFORCE"]["published"] == "0.882 ± 0.006"
+    assert first["class-flow penalty", "DPG"]["published"] == "not tried"
+    assert all(row["runs"] == 6 for row in first.values())
+    assert first["no dropout", "DPG"]["ours"].estimate == pytest.approx(0.5)
+    second = pretraining_results.table_2(cells)
+    assert len(second) == len(pretraining.ROWS["paper"])
+    assert second[0]["target, published"] == "92.8 ± 1.4"
+    matched = pretraining_results.matched_table(cells)
+    assert len(matched) == 3 * len(second)
+    assert sum(bool(row["control ratio"]) for row in matched) == len(matched)
+
+
+def test_every_published_cell_is_answered(cells):
+    answered = {answer.id: answer.ours for answer in pretraining_results.answers(cells)}
+    assert set(answered) == {id for id in published.load() if id.startswith(("Pt1", "Pt2"))}
+    assert answered["Pt1.02"].estimate == pytest.approx(0.5)
+
+
+def test_the_search_reports_its_own_runs_and_the_choice_that_of_others(tmp_path):
+    records = []
+    for spec in pretraining_search.specs("paper"):
+        s = spec.settings
+        chosen = (s["architecture"], s["target_training"]["learning_rate"]) == pretraining_search.CHOSEN["paper"]
+        found = 0.8 if chosen and s["target_seed"] == pretraining_search.SEED else 0.4
+        records.append(stored(tmp_path, spec, {"valid_accuracy": found, "target_valid_accuracy": 1.0}))
+    assert pretraining_search.chosen(records) == pretraining_search.CHOSEN["paper"]
+    for row in pretraining_search.reports(records):
+        assert row["settings tried"] == pretraining_search.SAMPLED
+        assert row["best run"] == row["chosen setting, in the search"] == "0.800"
+        assert row["chosen setting, fresh seeds"].estimate == pytest.approx(0.4)
+        assert row["chosen setting, fresh seeds"].n == 3
+    assert len(pretraining_search.table(records)) == pretraining_search.SAMPLED
+
+
+def test_claims_of_coactivation_are_differences_from_the_same_seed(tmp_path):
+    records = []
+    for spec in coactivation.specs("paper"):
+        s = spec.settings
+        lower = 0.1 * (s["network"] in (coactivation_results.FLOW, "dropout, keep 0.5"))
+        mean = 0.4 - lower + 0.03 * s["target_seed"]
+        measures = dict.fromkeys(("gini", "above", "lift", "partners", "modularity", "firing"), 0.3) | {"mean": mean}
+        result = {"accuracy": 0.8, "valid_accuracy": 0.8, "learning_curve": [0.6] * 12, "epochs": 12,
+                  "measures": measures, "penalty_share": [0.2], "on_the_way": []}  # fmt: skip
+        splits = [f"{name}{end}" for name in ("coactivation", "rates", "random") for end in ("", ", beyond")]
+        records.append(stored(tmp_path, spec, result | {"explained": dict.fromkeys(splits, 0.5)}))
+    judged = {claim.id: claim for claim in coactivation_results.claims(records)}
+    assert judged["flow.mean.2x500.root"].interval.estimate == pytest.approx(-0.1)
+    assert judged["flow.mean.2x500.root"].verdict == "holds"
+    assert judged["flow.mean.2x500.product"].verdict == "undecided"
+    assert judged["coactivation.mean.3x800.dropout-0.5"].verdict == "holds"
+    assert judged["coactivation.partners.3x800.dropout-0.5"].verdict == "refuted"
+    assert judged["flow.Ps55.05.first.2x500.root"].verdict == "refuted"  # 60% after the first epoch
+    assert judged["flow.Ps55.05.best.2x500.root"].verdict == "holds"
+    rows = {row["network"]: row for row in coactivation_results.flow_table(records)}
+    assert rows["2x200, flow, root"]["mean: less plain"].estimate == pytest.approx(-0.1)
+    assert len(coactivation_results.table(records)) == len(coactivation_results.split_table(records)) == 15

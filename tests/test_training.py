@@ -138,11 +138,15 @@ def test_snapshots_keep_the_weights_of_their_epochs(data, tmp_path):
     assert accuracy(last, data.valid) == record.result["learning_curve"][1]
     with pytest.raises(UsageError, match=r"^this target kept its weights of epochs \[1, 2\], not of 3$"):
         snapshot(record, data, 3)
+    with pytest.raises(UsageError, match=r"^snapshots are of epochs from 1 to 2, not of 99$"):
+        small(snapshots=[1, 99], epochs=2)
 
 
 def test_the_flow_penalty_needs_relu():
     with pytest.raises(UsageError, match=r"^the class-flow penalty needs ReLU"):
         small(pretraining="flow", penalty={"coefficient": 1.0}, activation="tanh")
+    with pytest.raises(UsageError, match=r"^unknown form of the class-flow penalty 'rot'"):
+        small(pretraining="flow", penalty={"coefficient": 1.0, "form": "rot"})
 
 
 @pytest.mark.parametrize(("batch", "classes"), [(10, 10), (23, 10), (32, 3)])

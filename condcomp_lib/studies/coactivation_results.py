@@ -220,8 +220,8 @@ def _width_claims(groups: Mapping[tuple[str, str], Sequence[Record]]) -> list[Cl
 
 def promises(records: Sequence[Record]) -> dict[str, Sequence[Record]]:
     """Figures and tables of notebook 04 that are made from this study."""
-    names = ["coactivation_table", "coactivation_split_table", "coactivation_flow_table", "coactivation_training", "coactivation_orders",
-             "coactivation_ingoing"]  # fmt: skip
+    tables = ("coactivation_table", "coactivation_split_table", "coactivation_flow_table")
+    names = [*tables, "coactivation_training", "coactivation_orders", "coactivation_ingoing"]
     if any(record.spec.settings["architecture"] == "3x800" for record in records):
         names += ["coactivation_dropout"]
     return dict.fromkeys(names, records)
