@@ -153,7 +153,7 @@ def stored(tmp_path, spec, result, arrays=None):
 
 @pytest.fixture
 def cells(tmp_path):
-    """Every run of the tables: a ratio of 0.5, 0.1 more for each of DPG and random rates, and what all runs with the same
+    """Every run of the tables: a ratio of 0.5, 0.1 more for each of DPG and random rates, and what runs with the same
     target and policy share."""
     found = []
     for spec in pretraining.specs("paper"):
