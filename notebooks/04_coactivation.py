@@ -123,16 +123,17 @@ print(
 # > **The paper says** (section 5.4 and Figure 1): dropout lowers coactivation, but some sets of neurons still depend strongly on one another,
 # > and a neuron fires together with most others rather than with a few: not what conditional computation needs.
 #
-# Figure 1 again, on SVHN: three networks of 3 x 800 neurons, sorted as in the paper, first target seed. (On digits this figure is left out.)
+# Figure 1 again, on SVHN: the targets of `03_pretraining`, networks of 3 x 800 neurons, sorted as in the paper, first target seed; beside the
+# paper's two kinds the penalties. (On digits this figure is left out.)
 
 # %%
 records = studies.records("coactivation", profile)
 large = [name for architecture, name in results.by_network(records) if architecture == "3x800"]
 if large:
-    fig, axes = plt.subplots(1, 3, figsize=(10, 3.6))
+    fig, axes = plt.subplots(1, len(large), figsize=(10, 2.7))
     for ax, name in zip(axes, large, strict=True):
         values = results.matrices(results.first(records, "3x800", name), ["mean"])["mean"]
-        picture = pretraining_plots.matrix(values, name, ax)
+        picture = pretraining_plots.matrix(values, name.replace(", ", "\n"), ax)
     fig.colorbar(picture, ax=axes, label="fire together", fraction=0.02)
     plots.save_figure(fig, "coactivation_dropout", records, profile)
     plt.show()
