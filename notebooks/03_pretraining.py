@@ -358,7 +358,8 @@ display(Markdown(pretraining_cost.finding(cost) if profile == "paper" else ""))
 #   validation accuracy of the target. With $\epsilon = 0.1$ the target itself loses more than it gains.
 # - **One network for all cells**, 3 x 800 trained with Adam, so that rows and columns can be compared; the paper takes the top
 #   five runs of each cell, whatever their networks.
-# - **Kept activations are rescaled** for targets that were trained with dropout, as dropout did in training; not for the others.
+# - **Kept activations are rescaled** for REINFORCE and DPG on targets that were trained with dropout, as dropout did in training; not for the
+#   others, and not for the best policy, which hardly leaves out what counts.
 # - **The class-flow penalty** in the tables is the *root* of the product. Its coefficient was chosen by hand, as in the paper, but on another
 #   network (2 x 200); `04_coactivation` has its share of the loss. Its targets also see class-balanced minibatches, those of the other
 #   rows do not. Hoyer's coefficient is the first that was tried.
