@@ -81,8 +81,8 @@ def _best(dataset: str, architecture: str) -> dict[str, Any]:
     rates = policies.rates_for(TAU, hidden) if len(hidden) in policies.SPREAD else [TAU] * len(hidden)
     groups = 16 if dataset == "digits" else 100
     # Not rescaled, as there: what it leaves out hardly counts, whereas REINFORCE and DPG leave out what does.
-    own = {"rescale": "none", "partitioner": "coactivation", "groups": groups, "scope": "layer", "pool": policies.POOL[dataset],
-           "activity_asked": rates}  # fmt: skip
+    own = {"rescale": "none", "partitioner": "coactivation", "groups": groups, "scope": "layer",
+           "pool": policies.POOL[dataset], "activity_asked": rates}  # fmt: skip
     how = policies.WARM_START if dataset == "svhn" else {**policies.WARM_START, "epochs": 8}
     return own | policy_plan(tau=TAU, rates=rates, **{**BEST_POLICY[dataset], **policies.COMMON, **how})
 
