@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import PowerNorm
 from matplotlib.image import AxesImage
 
 from condcomp_lib.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION
@@ -13,12 +14,20 @@ COLOURS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY)
 
 
 def matrix(
-    values: np.ndarray, title: str, ax: Axes | None = None, most: float = 1.0, edges: Sequence[float] = ()
+    values: np.ndarray,
+    title: str,
+    ax: Axes | None = None,
+    least: float = 0.0,
+    most: float = 1.0,
+    root: bool = True,
+    edges: Sequence[float] = (),
 ) -> AxesImage:
-    """A square matrix over neurons from 0 (white) to `most` (dark); `edges` are shares of its side at which lines part
-    layers or groups. Returns the picture, for a colour bar."""
+    """A square matrix over neurons from `least` (white) to `most` (dark), with `root` darker by the square root, so
+    that small numbers differ too; `edges` are shares of its side at which lines part groups. Returns the picture, for
+    a colour bar."""
     ax = ax or plt.subplots()[1]
-    picture = ax.imshow(values, cmap="Blues", vmin=0, vmax=most, interpolation="nearest")
+    norm = PowerNorm(0.5 if root else 1.0, least, most, clip=True)
+    picture = ax.imshow(values, cmap="Blues", norm=norm, interpolation="nearest")
     for edge in edges:
         for line in (ax.axhline, ax.axvline):
             line(edge * len(values) - 0.5, color=VERMILION, linewidth=0.6)

@@ -133,7 +133,7 @@ if large:
     fig, axes = plt.subplots(1, len(large), figsize=(10, 2.7))
     for ax, name in zip(axes, large, strict=True):
         values = results.matrices(results.first(records, "3x800", name), ["mean"])["mean"]
-        picture = pretraining_plots.matrix(values, name.replace(", ", "\n"), ax)
+        picture = pretraining_plots.matrix(values, name.replace(", ", "\n", 1), ax)
     fig.colorbar(picture, ax=axes, label="fire together", fraction=0.02)
     plots.save_figure(fig, "coactivation_dropout", records, profile)
     plt.show()
@@ -163,7 +163,7 @@ fig, axes = plt.subplots(
 )
 for line, record, then in zip(axes, shown, history, strict=True):
     names = [f"epoch{epoch}" for epoch, *_ in then]
-    pictures = results.matrices(record, names)
+    pictures = results.matrices(record, names, most=100)
     for ax, name, (epoch, accuracy, mean) in zip(line, names, then, strict=True):
         title = f"{epoch}: {100 * accuracy:.1f}%, {mean:.2f}"
         picture = pretraining_plots.matrix(pictures[name], title, ax)
@@ -220,7 +220,7 @@ display(Markdown(tables.markdown(table)))
 # > because no conclusion could be drawn.
 #
 # Into neuron $j$ flows $q_j = \sum_i \lvert h_i w_{ij} \rvert$. For each class, the mean of $q_j q_k$ over its test examples, neurons in the order of
-# their layers. Flows are divided by the class's mean over their layer, so that 1 is the average; dark is twice that and more.
+# their layers. Flows are divided by the class's mean over their layer, so that 1 is the average.
 
 # %%
 fig, axes = plt.subplots(2, 10, figsize=(10, 2.4))
@@ -229,7 +229,8 @@ for row, name in enumerate((results.PLAIN, results.FLOW)):
     pictures = results.matrices(results.first(records, widest, name), names)
     for label, ax in enumerate(axes[row]):
         title = "" if row else f"class {label}"
-        picture = pretraining_plots.matrix(pictures[names[label]], title, ax, most=2)
+        values = pictures[names[label]]
+        picture = pretraining_plots.matrix(values, title, ax, least=0.5, most=1.5, root=False)
     axes[row][0].set_ylabel(name)
 fig.colorbar(picture, ax=axes, label="flow together", fraction=0.02)
 plots.save_figure(fig, "coactivation_ingoing", records, profile)

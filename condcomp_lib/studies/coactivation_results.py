@@ -4,10 +4,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from condcomp_lib import published, stats
 from condcomp_lib.claims import Claim, judge
-from condcomp_lib.coactivation import LEVEL
+from condcomp_lib.coactivation import LEVEL, block_means
 from condcomp_lib.published import Answer
 from condcomp_lib.runs import Record
 from condcomp_lib.studies.targets import NO_EXTRA
@@ -93,11 +94,14 @@ def flow_table(records: Sequence[Record]) -> list[dict[str, Any]]:
     return rows
 
 
-def matrices(record: Record, names: Sequence[str]) -> dict[str, np.ndarray]:
-    """The stored matrices of these names, coactivation as numbers from 0 to 1."""
+def matrices(record: Record, names: Sequence[str], most: int = 200) -> dict[str, np.ndarray]:
+    """The stored matrices of these names, coactivation as numbers from 0 to 1, in at most `most` blocks a side."""
     arrays = record.arrays()
-    return {name: arrays[name] / 255 if arrays[name].dtype == np.uint8 else arrays[name].astype(float)
-            for name in names if name in arrays}  # fmt: skip
+    found = {}
+    for name in (name for name in names if name in arrays):
+        values = arrays[name] / 255 if arrays[name].dtype == np.uint8 else arrays[name].astype(float)
+        found[name] = block_means(torch.from_numpy(values), most).numpy()
+    return found
 
 
 def first(records: Sequence[Record], architecture: str, network: str) -> Record:
