@@ -86,11 +86,11 @@ def claims(records: Sequence[Record]) -> list[Claim]:
         if len(group) < 2:
             continue  # one network says nothing about another
         small, large = min(group[0].spec.settings["batches"]), max(group[0].spec.settings["batches"])
-        name = f"{group[0].spec.settings['architecture']}, {network}"
+        name, end = f"{group[0].spec.settings['architecture']}, {network}", network.replace(", ", "-")
         sizes = [variation(r, "product", False)[small] - variation(r, "product", False)[large] for r in group]
         statement = f"{name}: the product varies more over minibatches of {small} than of {large}"
         found.append(
-            judge(f"flow.variance.batch.{network}", "partitions, 4.2", statement, stats.interval(sizes), above=0.0)
+            judge(f"flow.variance.batch.{end}", "partitions, 4.2", statement, stats.interval(sizes), above=0.0)
         )
         at = 32 if 32 in group[0].spec.settings["batches"] else small
         for other, normalised, said, source in (
@@ -105,7 +105,7 @@ def claims(records: Sequence[Record]) -> list[Claim]:
             field = "variation" if other == "product" else "variation_of_flow"
             change = [variation(r, other, normalised, field)[at] - variation(r, "product", False, field)[at]
                       for r in group]  # fmt: skip
-            id = f"flow.variance.{other}{'.normalised' if normalised else ''}.{network}"
+            id = f"flow.variance.{other}{'.normalised' if normalised else ''}.{end}"
             statement = f"{name}, minibatches of {at}: {said}"
             found.append(judge(id, source, statement, stats.interval(change), below=0.0))
     return found
