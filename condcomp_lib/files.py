@@ -1,4 +1,4 @@
-"""Plain data as canonical JSON, and files that appear whole or not at all."""
+"""Plain data as canonical JSON, files that appear whole or not at all, and compiled functions kept in numba's cache."""
 
 import errno
 import json
@@ -79,7 +79,7 @@ def store_error(path: Path, error: OSError) -> StoreError:
     return StoreError(f"cannot use {path}: {error.strerror or error}; {remedy}")
 
 
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def cached(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` compiled by numba at its first call, and kept in numba's cache where that can be written."""
     import numba
 
@@ -92,7 +92,8 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def inlined(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` to be used inside compiled ones, where its text takes the place of the call."""
+    """`function` to be used inside compiled ones, where its text takes the place of the call: calls cost more than they
+    look, since arrays are counted and passed by many words."""
     import numba
 
-    return numba.njit(nogil=True, error_model="numpy", inline="always")(function)
+    return numba.njit(nogil=True, error_model="numpy", boundscheck=False, inline="always")(function)

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from condcomp_lib.errors import UsageError, unknown
-from condcomp_lib.files import compiled, inlined
+from condcomp_lib.files import cached, inlined
 from condcomp_lib.targets import MLP
 
 FORMS = ("product", "root", "pairwise")
@@ -266,7 +266,7 @@ class _Measured:
         _add_below(slope.numpy(), h.numpy(), by_mean.numpy(), by_label.place, by_label.share)
 
 
-@compiled
+@cached
 def _add_means(by_class, h, place, share):  # type: ignore[no-untyped-def]
     """by_class[place of the example] += its share |h|, over all examples."""
     for row in range(len(h)):
@@ -275,7 +275,7 @@ def _add_means(by_class, h, place, share):  # type: ignore[no-untyped-def]
             out[k] += part * abs(one[k])
 
 
-@compiled
+@cached
 def _add_below(below, h, by_mean, place, share):  # type: ignore[no-untyped-def]
     """below += its share of by_mean[place of the example] sign(h), in place."""
     zero = h.dtype.type(0)
@@ -289,7 +289,7 @@ def _add_below(below, h, by_mean, place, share):  # type: ignore[no-untyped-def]
 def _summing(raised: Callable[..., Any]) -> Callable[..., Any]:
     """The compiled function that adds up powers, with exponents that `raised` can do."""
 
-    @compiled
+    @cached
     def powers(weight, level, power, columns):  # type: ignore[no-untyped-def]
         """Add to `columns` (inputs) the sum over the rows of `weight` of (level |w| / top)^power; returns top, a size
         of level |w| that keeps powers inside the number format, and the sum over all.
@@ -326,7 +326,7 @@ _powers, _high_powers = _summing(_raised), _summing(_highly_raised)
 def _steep(raised: Callable[..., Any]) -> Callable[..., Any]:
     """The compiled function that adds the gradient of a sum of powers, with exponents that `raised` can do."""
 
-    @compiled
+    @cached
     def add(gradient, weight, level, power, scale, steep):  # type: ignore[no-untyped-def]
         """gradient += steep level (scale level |w|)^(power - 1) sign(w), in place."""
         scale, steep = weight.dtype.type(scale), weight.dtype.type(steep)
@@ -342,7 +342,7 @@ def _steep(raised: Callable[..., Any]) -> Callable[..., Any]:
 _add_gradient, _add_high_gradient = _steep(_raised), _steep(_highly_raised)
 
 
-@compiled
+@cached
 def _add_sizes(sizes, weight):  # type: ignore[no-untyped-def]
     """sizes += |w|, summed over the rows of `weight`."""
     for row in range(len(weight)):
@@ -351,7 +351,7 @@ def _add_sizes(sizes, weight):  # type: ignore[no-untyped-def]
             sizes[k] += abs(w[k])
 
 
-@compiled
+@cached
 def _add_signs(gradient, weight, sums, flat):  # type: ignore[no-untyped-def]
     """gradient += flat sums sign(w), in place; `sums` by input."""
     flat, zero = weight.dtype.type(flat), weight.dtype.type(0)

@@ -368,7 +368,7 @@ def test_where_numba_cannot_write_its_cache_kernels_are_compiled_all_the_same(mo
             raise RuntimeError("cannot cache function")
         return plain(**options)
 
-    monkeypatch.setattr(cpu.numba, "njit", njit)
+    monkeypatch.setattr(numba, "njit", njit)
     with pytest.warns(UserWarning, match="NUMBA_CACHE_DIR"):
         assert cpu._cached().py_func is cpu._run
 

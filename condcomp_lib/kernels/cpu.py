@@ -1,15 +1,14 @@
 """The evaluation of a packed lazy network: one call, no allocation, only what the mask asks for."""
 
-import warnings
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import numba
 import numpy as np
 
 from condcomp_lib import policies
+from condcomp_lib.files import cached
 from condcomp_lib.kernels import pack
 from condcomp_lib.kernels.layers import ALL, ALONE, DEPTH, Room, activate, product
 from condcomp_lib.kernels.products import compiled
@@ -234,12 +233,7 @@ def _cached() -> Callable[..., Any]:
     # numba looks only at this file to tell whether what it keeps is out of date; the name tells it of the others.
     sources = [*sorted(Path(__file__).parent.glob("*.py")), Path(policies.__file__)]
     _run.__qualname__ = f"run_{sha256(b''.join(path.read_bytes() for path in sources)).hexdigest()[:12]}"
-    try:
-        return numba.njit(nogil=True, error_model="numpy", cache=True)(_run)
-    except RuntimeError as error:
-        warnings.warn(f"numba's cache cannot be written ({error}): kernels are compiled anew in every process; set "
-                      "NUMBA_CACHE_DIR to a folder that can be", stacklevel=2)  # fmt: skip
-        return compiled(_run)
+    return cached(_run)
 
 
 run = _cached()

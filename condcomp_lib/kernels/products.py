@@ -5,11 +5,10 @@ from typing import Any
 
 import numba
 
+from condcomp_lib.files import inlined
 from condcomp_lib.kernels.tiles import LANES, LINE, STEPS, panel_tile, spread_tile
 
 compiled: Callable[..., Any] = numba.njit(nogil=True, error_model="numpy", boundscheck=False)
-# Calls cost more than they look: arrays are counted and passed by many words.
-inlined: Callable[..., Any] = numba.njit(nogil=True, error_model="numpy", boundscheck=False, inline="always")
 
 # Lines of weights that a tile calls for in STEPS: tiles of few rows are done soon. One row takes them as they come.
 CALLS, PAIR_CALLS, ONE_CALLS = 3, 4, 2

@@ -25,7 +25,7 @@ from condcomp_lib.partitioners.gumbel import Gumbel, train_gumbel
 from condcomp_lib.partitioners.local import LocalSearch
 from condcomp_lib.partitions import Partition
 from condcomp_lib.policies import Policy, Sample
-from condcomp_lib.policy_training import train_policy
+from condcomp_lib.policy_training import PolicyCurve, train_policy
 from condcomp_lib.runs import Outcome, Record, RunSpec, RunStore
 from condcomp_lib.studies import partitioning
 from condcomp_lib.targets import MLP
@@ -67,7 +67,7 @@ def obtain_partition(
 def searched(settings: Mapping[str, Any], target: MLP, data: Dataset) -> tuple[Partition, dict[str, Any]]:
     """Search the partition of these settings; what is recorded beside it: `trials`, one row each, or a curve."""
     how, scope, groups = settings["search"], settings["scope"], settings["groups"]
-    generator = torch.Generator().manual_seed(2_000_000 + 1000 * settings["target_seed"] + settings["partition_seed"])
+    generator = drawing(settings)
     if "cluster" in how:
         if how["cluster"] == "k-means":
             return weight_partition(target, groups, generator, scope), {}
@@ -128,15 +128,29 @@ class Trials:
 def _by_gumbel(
     settings: Mapping[str, Any], target: MLP, data: Dataset, generator: torch.Generator
 ) -> tuple[Partition, dict[str, Any]]:
-    gumbel = Gumbel(target.hidden, settings["groups"], generator, settings["scope"])
-    lazy = partitioning.untrained(settings, target, data, gumbel.best())
-    first = first_layer(target, torch.from_numpy(data.train.x), CACHE_BYTES)
     how = settings["search"]
-    curve = train_gumbel(gumbel, lazy, data, {**how["policy"], "gumbel": how["gumbel"]}, generator, first=first)
+    gumbel, _, curve = joint(settings, {**how["policy"], "gumbel": how["gumbel"]}, target, data, generator)
     # The chance that a neuron's draw is its preferred group: how settled the partition is.
     settled = torch.cat([mu.detach().softmax(1).max(1).values for mu in gumbel.preferences]).mean().item()
     found = {"joint_accuracy_curve": curve.accuracy, "joint_activity_curve": curve.activity, "settled": settled}
     return gumbel.best(), found
+
+
+def drawing(settings: Mapping[str, Any]) -> torch.Generator:
+    """What is random in the search for the partition of these settings."""
+    return torch.Generator().manual_seed(2_000_000 + 1000 * settings["target_seed"] + settings["partition_seed"])
+
+
+def joint(
+    settings: Mapping[str, Any], plan: Mapping[str, Any], target: MLP, data: Dataset, generator: torch.Generator
+) -> tuple[Gumbel, LazyNetwork, PolicyCurve]:
+    """Partition and policy trained together by Gumbel-Softmax as `plan` says: the preferences, the lazy network with
+    each neuron in the group it prefers at last, and the curve of its training, with partitions drawn."""
+    gumbel = Gumbel(target.hidden, settings["groups"], generator, settings["scope"])
+    lazy = partitioning.untrained(settings, target, data, gumbel.best())
+    first = first_layer(target, torch.from_numpy(data.train.x), CACHE_BYTES)
+    curve = train_gumbel(gumbel, lazy, data, plan, generator, first=first)
+    return gumbel, LazyNetwork(target, gumbel.best(), lazy.policy, lazy.decision, lazy.rescale), curve
 
 
 def _by_swaps(

@@ -15,8 +15,8 @@ from condcomp_lib.policy_training import policy_plan
 from condcomp_lib.runs import Outcome, Record, RunSpec, RunStore
 from condcomp_lib.studies import policies, pretraining_results, targets
 from condcomp_lib.studies import pretraining_search as searching
-from condcomp_lib.studies.joint_runs import ESTIMATORS, joint
 from condcomp_lib.studies.lazy_runs import control_of, deciding, measure
+from condcomp_lib.studies.partition_search import drawing, joint
 from condcomp_lib.studies.partitioning import TAU
 from condcomp_lib.studies.policy_results import WARM
 from condcomp_lib.targets import hidden_widths
@@ -39,9 +39,8 @@ BEST_POLICY: dict[str, dict[str, Any]] = {
     "svhn": {"epoch_examples": 28_672, "learning_rate": 1e-3},
 }
 BEST = "best policy"
-METHODS = (*ESTIMATORS, BEST)
+METHODS = (*searching.ESTIMATORS, BEST)
 SEEDS = {"quick": (1, 1), "paper": (3, 2)}  # target seeds, policy seeds of each
-ONCE = (BEST,)  # methods with one policy seed
 
 
 def specs(profile: str) -> list[RunSpec]:
@@ -51,7 +50,7 @@ def specs(profile: str) -> list[RunSpec]:
     for policy_seed, method, target_seed, row in itertools.product(
         range(policy_seeds), METHODS, range(target_seeds), ROWS[profile]
     ):
-        if policy_seed == 0 or method not in ONCE:
+        if policy_seed == 0 or method != BEST:  # the best policy has one seed
             found.append(_spec(profile, row, method, target_seed, policy_seed))
     return found
 
@@ -69,7 +68,7 @@ def _spec(profile: str, row: str, method: str, target_seed: int, policy_seed: in
         settings |= _best(dataset, architecture)
     else:
         lambda_s = searching.LAMBDA[settings["rescale"]]
-        settings |= policy_plan(tau=TAU, lambda_s=lambda_s, **ESTIMATORS[method], **POLICY[dataset])
+        settings |= policy_plan(tau=TAU, lambda_s=lambda_s, estimator=method, **POLICY[dataset])
     settings["target"] = targets.target_of(settings).name
     return RunSpec("pretraining", RECIPE, settings)
 
@@ -77,8 +76,7 @@ def _spec(profile: str, row: str, method: str, target_seed: int, policy_seed: in
 def _best(dataset: str, architecture: str) -> dict[str, Any]:
     """The warm start of study `policies`: a coactivation split of each layer, two epochs of cross-entropy to the
     oracle's groups, then threshold-through."""
-    hidden = hidden_widths(architecture)
-    rates = policies.rates_for(TAU, hidden) if len(hidden) in policies.SPREAD else [TAU] * len(hidden)
+    rates = policies.rates_for(TAU, hidden_widths(architecture))
     groups = 16 if dataset == "digits" else 100
     # Not rescaled, as there: what it leaves out hardly counts, whereas REINFORCE and DPG leave out what does.
     own = {"rescale": "none", "partitioner": "coactivation", "groups": groups, "scope": "layer",
@@ -98,7 +96,7 @@ def compute(spec: RunSpec, artefacts: RunStore) -> Outcome:
         curve = {key: policy.result[key] for key in ("accuracy_curve", "activity_curve", "epochs")}
     else:
         target, trained = obtain_target(targets.target_of(settings), data, artefacts)
-        lazy, found = joint(settings, target, data)
+        _, lazy, found = joint(settings, settings, target, data, drawing(settings))
         decided = deciding(lazy, settings, data)
         result = measure(decided, settings, data, trained)
         curve = {"accuracy_curve": found.accuracy, "activity_curve": found.activity, "epochs": len(found.accuracy)}

@@ -100,8 +100,7 @@ def _sampled_percent(result: Mapping[str, Any]) -> float:
 
 def over_targets(groups: Mapping[str, Sequence[Record]], value: Value) -> stats.Interval:
     """A value of the targets, each counted once."""
-    seen = {record.spec.settings["target_seed"]: value(record.result) for group in groups.values() for record in group}
-    return stats.interval([seen[seed] for seed in sorted(seen)])
+    return stats.interval([value(record.result) for record in _each_target(groups)])
 
 
 def matched_table(records: Sequence[Record]) -> list[dict[str, Any]]:
@@ -136,12 +135,12 @@ def series(records: Sequence[Record], value: Value) -> dict[str, dict[str, np.nd
     }  # fmt: skip
 
 
-def published_points(of: int = 0) -> dict[str, dict[str, float]]:
-    """The paper's ratios (`of` 0) or validation accuracies (1) by pretraining and method, where it has them."""
+def published_points() -> dict[str, dict[str, float]]:
+    """The paper's ratios by pretraining and method, where it has them."""
     rows = published.load()
     found: dict[str, dict[str, float]] = {}
-    for (row, method), ids in CELLS.items():
-        if (value := rows[ids[of]].value) is not None:
+    for (row, method), (id, _) in CELLS.items():
+        if (value := rows[id].value) is not None:
             found.setdefault(label(row), {})[METHODS[method]] = value
     return found
 
@@ -226,11 +225,11 @@ def _best_claims(groups: Mapping[str, Mapping[str, Sequence[Record]]], net: str)
 
 def _each_target(groups: Mapping[str, Sequence[Record]]) -> list[Record]:
     """One record of each target."""
-    seen = {record.spec.settings["target_seed"]: record for group in groups.values() for record in group}
-    by_seed = {seed: next(r for group in groups.values() for r in group
-                          if r.spec.settings["target_seed"] == seed and r.spec.settings["policy_seed"] == 0)
-               for seed in seen}  # fmt: skip
-    return [by_seed[seed] for seed in sorted(by_seed)]
+    found: dict[int, Record] = {}
+    for record in (record for group in groups.values() for record in group):
+        if record.spec.settings["policy_seed"] == 0:  # those that `gains` can pair across rows
+            found.setdefault(record.spec.settings["target_seed"], record)
+    return [found[seed] for seed in sorted(found)]
 
 
 def findings(records: Sequence[Record]) -> str:
