@@ -249,4 +249,4 @@ def test_claims_of_coactivation_are_differences_from_the_same_seed(tmp_path):
     assert judged["flow.Ps55.05.best.2x500.root"].verdict == "holds"
     rows = {row["network"]: row for row in coactivation_results.flow_table(records)}
     assert rows["2x200, flow, root"]["mean: less plain"].estimate == pytest.approx(-0.1)
-    assert len(coactivation_results.table(records)) == len(coactivation_results.split_table(records)) == 13
+    assert len(coactivation_results.table(records)) == len(coactivation_results.split_table(records)) == 15

@@ -66,7 +66,7 @@ def _more(epochs: Mapping[str, Any]) -> list[dict[str, Any]]:
         found.append({**same, "architecture": "3x800", "network": targets.label(pretraining, None),
                       "pretraining": pretraining, "target_training": {**epochs, **own}})  # fmt: skip
     balanced = {**epochs, "balanced": True}
-    for pretraining in ("hoyer", "dropout-uniform"):
+    for pretraining in ("hoyer", "dropout-uniform", "dropout-uniform-layer", "dropout-uniform-example"):
         eps = 0.5 if pretraining != "hoyer" else None
         own = {**balanced, "penalty": {"coefficient": HOYER}} if eps is None else balanced
         found.append({**same, "architecture": "2x500", "network": targets.label(pretraining, eps),
