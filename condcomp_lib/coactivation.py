@@ -34,9 +34,9 @@ def firing_patterns(target: MLP, x: Tensor, batch: int = 2048) -> Tensor:
 def _patterns(target: MLP, x: Tensor, batch: int) -> Iterator[Tensor]:
     if not len(x):
         raise UsageError("there are no examples to look at")
-    if not x.isfinite().all():
-        raise UsageError("the examples hold a number that is not finite")
     for h in x.split(batch):
+        if not h.isfinite().all():
+            raise UsageError("the examples hold a number that is not finite")
         layers = []
         for layer in target.linears[:-1]:
             h = target.activation(layer(h))

@@ -13,7 +13,6 @@ adds the gradient to the layer's own.
 
 import functools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -22,34 +21,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from condcomp_lib import flow_passes
 from condcomp_lib.errors import UsageError, unknown
-from condcomp_lib.files import cached, inlined
+from condcomp_lib.flow_passes import COLUMNS, EXTRA, HIGH, LEVEL, SIZES
 from condcomp_lib.targets import MLP
 
 FORMS = ("product", "root", "pairwise")
-HIGH = 16  # exponents below it are made of four squares at most
-SOME = 16  # of so many rows of weights one is looked at for a size to take powers relative to
 MOST = 709.0  # whose exponential is still a number
-
-
-@inlined
-def _raised(v, power):  # type: ignore[no-untyped-def]
-    """v^power for whole exponents from 0 to below HIGH, by squares and without a branch: loops over it take a vector at
-    a time."""
-    one = type(v)(1)
-    v2 = v * v
-    v4 = v2 * v2
-    low = (v if power & 1 else one) * (v2 if power & 2 else one)
-    return low * ((v4 if power & 4 else one) * (v4 * v4 if power & 8 else one))
-
-
-@inlined
-def _highly_raised(v, power):  # type: ignore[no-untyped-def]
-    """v^power for whole exponents below HIGH^3."""
-    v4 = v * v * v * v
-    v16 = v4 * v4 * v4 * v4
-    v64 = v16 * v16 * v16 * v16
-    return _raised(v, power) * _raised(v16, power >> 4) * _raised(v64 * v64 * v64 * v64, power >> 8)
 
 
 @dataclass(frozen=True)
@@ -94,15 +72,14 @@ def members(y: Tensor, classes: int, flow: Flow) -> Members:
     if not 2 <= classes < HIGH**3:
         raise UsageError(f"the class-flow penalty compares classes: there must be at least two, and fewer than "
                          f"{HIGH**3}, not {classes}")  # fmt: skip
-    labels = y.numpy()
-    if not len(labels) or labels.min() < 0 or labels.max() >= classes:
+    place, share = np.empty(len(y), dtype=np.int64), np.empty(len(y))
+    present, missing = flow_passes.find_members(y.numpy(), np.zeros(classes, dtype=np.int64), place, share)
+    if not present:
         raise UsageError(f"labels must be numbers from 0 to {classes - 1}, for at least one example")
-    counts = np.bincount(labels, minlength=classes)
-    occur = counts > 0
-    if flow.form == "product" and not occur.all():
-        raise UsageError(f"class {occur.argmin()} has no example in this minibatch, so its mean flow is 0/0; draw "
+    if flow.form == "product" and missing >= 0:
+        raise UsageError(f"class {missing} has no example in this minibatch, so its mean flow is 0/0; draw "
                          'minibatches class-balanced, or take the form "root", which skips such classes')  # fmt: skip
-    return Members((occur.cumsum() - 1)[labels], 1 / counts[labels], int(occur.sum()))
+    return Members(place, share, present)
 
 
 def scores_with_flow(target: MLP, x: Tensor, y: Tensor, flow: Flow) -> tuple[Tensor, Tensor]:
@@ -179,43 +156,37 @@ class _FlowLayers(torch.autograd.Function):
             found.add_to_weights(by_weight, weight, coefficient)
             if layer or ctx.needs_input_grad[0]:
                 slope = slope @ weight
-                found.add_below(slope, h, ctx.by_label, coefficient)
-                if layer:
-                    slope = slope * (h > 0)
+                found.add_below(slope, h, ctx.by_label, coefficient, relu=layer > 0)
         return (slope if ctx.needs_input_grad[0] else None, None, None, *reversed(gradients))
 
 
 def _measured(h: Tensor, weight: Tensor, by_label: Members, flow: Flow) -> "_Measured":
     """The penalty of one layer that reads `h` (examples x inputs), and what its gradient takes."""
-    place, share, count = by_label
-    by_class = torch.zeros(count, h.shape[1], dtype=h.dtype)  # a_i^c
-    _add_means(by_class.numpy(), h.numpy(), place, share)
-    pairwise = flow.form == "pairwise"
-    level, power = (by_class.sum(0), 2) if pairwise else (by_class.log().mean(0).exp(), count)
-    columns, sizes = torch.zeros(2, len(level), dtype=h.dtype)
-    top, total = (_powers if power < HIGH else _high_powers)(weight.numpy(), level.numpy(), power, columns.numpy())
+    pairwise, count = flow.form == "pairwise", by_label.present
+    sums = torch.zeros(count + EXTRA, h.shape[1], dtype=h.dtype).numpy()
+    flow_passes.add_levels(sums, h.numpy(), by_label.place, by_label.share, pairwise)
+    power, w = 2 if pairwise else count, weight.numpy()
+    top, total = flow_passes.sum_powers(w, sums[LEVEL], power, sums[COLUMNS])
     mean = 1.0
     if flow.normalised:
-        _add_sizes(sizes.numpy(), weight.numpy())
-        mean = (by_class.sum(0) @ sizes).item() / (weight.numel() * count)
-    return _Measured(flow, power, by_class, level, columns, sizes, top, total, mean, weight.numel())
+        flow_passes.add_sizes(sums[SIZES], w)
+        mean = float(sums[:-EXTRA].sum(0) @ sums[SIZES]) / (w.size * count)
+    return _Measured(flow, power, sums, top, total, mean, w.size)
 
 
 @dataclass(frozen=True, eq=False)
 class _Measured:
     """What one pass over a layer's weights found.
 
-    `by_class` a_i^c (classes that occur x inputs), `level` g_i, `columns` the sum over the outputs of
-    (g_i |w_ij| / top)^power, `sizes` that of |w_ij| (both by input), `total` the sum of `columns`; `mean` the layer's
-    mean flow over its `count` connections, 1 where flows are not divided by it.
+    `sums` has a number for each input in every row: a_i^c for the classes that occur, then g_i (LEVEL), the sum over
+    the outputs of (g_i |w_ij| / top)^power (COLUMNS) and, where flows are normalised, that of |w_ij| (SIZES). `total`
+    is the sum of the COLUMNS; `mean` the layer's mean flow over its `count` connections, 1 where flows are not
+    normalised.
     """
 
     flow: Flow
     power: int
-    by_class: Tensor
-    level: Tensor
-    columns: Tensor
-    sizes: Tensor
+    sums: np.ndarray
     top: float
     total: float
     mean: float
@@ -239,7 +210,7 @@ class _Measured:
     @property
     def _flat(self) -> float:
         """d value / d f of every f_ij^c alike: through the mean that flows are divided by."""
-        spread = self.mean * self.count * len(self.by_class)
+        spread = self.mean * self.count * (len(self.sums) - EXTRA)
         return -self._rate * self.power / spread if self.flow.normalised and self.total else 0.0
 
     def add_to_weights(self, slope: Tensor, weight: Tensor, coefficient: float) -> None:
@@ -247,116 +218,18 @@ class _Measured:
         if not self.total:
             return
         steep = coefficient * self._rate * self.power / (self.top * self.total)
+        g, w, level = slope.numpy(), weight.numpy(), self.sums[LEVEL]
         if self.power == 1:  # a single class occurs: its flows themselves
-            _add_signs(slope.numpy(), weight.numpy(), self.level.numpy(), steep)
+            flow_passes.add_signs(g, w, level, steep)
         else:
-            add = _add_gradient if self.power < HIGH else _add_high_gradient
-            add(slope.numpy(), weight.numpy(), self.level.numpy(), self.power, 1 / self.top, steep)
+            flow_passes.add_gradient(g, w, level, self.power, 1 / self.top, steep)
         if self._flat:
-            _add_signs(slope.numpy(), weight.numpy(), self.by_class.sum(0).numpy(), coefficient * self._flat)
+            flow_passes.add_signs(g, w, self.sums[:-EXTRA].sum(0), coefficient * self._flat)
 
-    def add_below(self, slope: Tensor, h: Tensor, by_label: Members, coefficient: float) -> None:
-        """Add `coefficient` times the gradient in what the layer reads to `slope` (examples x inputs), in place."""
-        if not self.total:
-            return
-        over = (self.level / 2).expand_as(self.by_class) if self.flow.form == "pairwise" else self.by_class
-        by_mean = self.columns * (coefficient * self._rate / self.total) / over
-        by_mean[:, self.columns == 0] = 0
-        by_mean += coefficient * self._flat * self.sizes
-        _add_below(slope.numpy(), h.numpy(), by_mean.numpy(), by_label.place, by_label.share)
-
-
-@cached
-def _add_means(by_class, h, place, share):  # type: ignore[no-untyped-def]
-    """by_class[place of the example] += its share |h|, over all examples."""
-    for row in range(len(h)):
-        one, out, part = h[row], by_class[place[row]], h.dtype.type(share[row])
-        for k in range(len(one)):
-            out[k] += part * abs(one[k])
-
-
-@cached
-def _add_below(below, h, by_mean, place, share):  # type: ignore[no-untyped-def]
-    """below += its share of by_mean[place of the example] sign(h), in place."""
-    zero = h.dtype.type(0)
-    for row in range(len(h)):
-        one, rate, out, part = h[row], by_mean[place[row]], below[row], h.dtype.type(share[row])
-        for k in range(len(one)):
-            change = part * rate[k]
-            out[k] += change if one[k] > zero else -change if one[k] < zero else zero
-
-
-def _summing(raised: Callable[..., Any]) -> Callable[..., Any]:
-    """The compiled function that adds up powers, with exponents that `raised` can do."""
-
-    @cached
-    def powers(weight, level, power, columns):  # type: ignore[no-untyped-def]
-        """Add to `columns` (inputs) the sum over the rows of `weight` of (level |w| / top)^power; returns top, a size
-        of level |w| that keeps powers inside the number format, and the sum over all.
-
-        For few classes the largest of some rows will do; where a row that was not looked at is quite another, all are.
-        """
-        top, total = weight.dtype.type(0), 0.0
-        for step in (SOME if power < HIGH else 1, 1):
-            most = np.zeros_like(level)
-            for row in range(0, len(weight), step):
-                w = weight[row]
-                for k in range(len(w)):
-                    size = level[k] * abs(w[k])
-                    most[k] = size if size > most[k] else most[k]
-            top = most.max()
-            if top > 0:
-                scale = weight.dtype.type(1 / top)
-                for row in range(len(weight)):
-                    w = weight[row]
-                    for k in range(len(w)):
-                        columns[k] += raised(scale * level[k] * abs(w[k]), power)
-                total = columns.astype(np.float64).sum()
-                if 0 < total < np.inf:
-                    break
-                columns[:] = 0
-        return top, total
-
-    return powers
-
-
-_powers, _high_powers = _summing(_raised), _summing(_highly_raised)
-
-
-def _steep(raised: Callable[..., Any]) -> Callable[..., Any]:
-    """The compiled function that adds the gradient of a sum of powers, with exponents that `raised` can do."""
-
-    @cached
-    def add(gradient, weight, level, power, scale, steep):  # type: ignore[no-untyped-def]
-        """gradient += steep level (scale level |w|)^(power - 1) sign(w), in place."""
-        scale, steep = weight.dtype.type(scale), weight.dtype.type(steep)
-        for row in range(len(weight)):
-            w, out = weight[row], gradient[row]
-            for k in range(len(w)):
-                v = scale * level[k] * w[k]
-                out[k] += steep * level[k] * v * raised(abs(v), power - 2)
-
-    return add
-
-
-_add_gradient, _add_high_gradient = _steep(_raised), _steep(_highly_raised)
-
-
-@cached
-def _add_sizes(sizes, weight):  # type: ignore[no-untyped-def]
-    """sizes += |w|, summed over the rows of `weight`."""
-    for row in range(len(weight)):
-        w = weight[row]
-        for k in range(len(w)):
-            sizes[k] += abs(w[k])
-
-
-@cached
-def _add_signs(gradient, weight, sums, flat):  # type: ignore[no-untyped-def]
-    """gradient += flat sums sign(w), in place; `sums` by input."""
-    flat, zero = weight.dtype.type(flat), weight.dtype.type(0)
-    for row in range(len(weight)):
-        w, out = weight[row], gradient[row]
-        for k in range(len(w)):
-            change = flat * sums[k]
-            out[k] += change if w[k] > zero else -change if w[k] < zero else zero
+    def add_below(self, slope: Tensor, h: Tensor, by_label: Members, coefficient: float, relu: bool) -> None:
+        """Add `coefficient` times the gradient in what the layer reads to `slope` (examples x inputs), in place; then
+        take what `relu` has cut off out of it."""
+        rate = coefficient * self._rate / self.total if self.total else 0.0
+        pairwise, flat = self.flow.form == "pairwise", coefficient * self._flat
+        place, share = by_label.place, by_label.share
+        flow_passes.add_below(slope.numpy(), h.numpy(), self.sums, place, share, rate, flat, pairwise, relu)
