@@ -105,6 +105,9 @@ def test_unknown_notebooks_list_the_known_ones(folder):
     assert reproduce.select(None, folder) == ["01_good", "02_bad"]
 
 
+@pytest.mark.timeout(
+    900
+)  # every notebook's quick runs from nothing: minutes, and more on a machine that does other work
 def test_the_whole_quick_profile_from_scratch_and_that_every_claim_has_a_recorded_verdict(tmp_path, monkeypatch):
     """One test, so that the quick runs are computed once."""
     store = tmp_path / "quick-store"
