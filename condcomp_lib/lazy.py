@@ -88,10 +88,10 @@ class LazyNetwork(nn.Module):
             raise UsageError(f"the policy sets {policy.bits} bits (scope {policy.scope}), the partition has "
                              f"{partition.bits} (scope {partition.scope})")  # fmt: skip
         read, below = policy.reads(), [target.linears[0].in_features, *target.hidden[:-1]][: len(policy.gates)]
-        if read != below or {gate.out_features for gate in policy.gates} != {partition.groups}:
+        if read != below or tuple(gate.out_features for gate in policy.gates) != partition.groups_by_gate:
             raise UsageError(f"the policy's gates read {read} features for "
                              f"{[gate.out_features for gate in policy.gates]} groups; here they must read {below} for "
-                             f"{partition.groups} groups each")  # fmt: skip
+                             f"{list(partition.groups_by_gate)} groups")  # fmt: skip
         if rescale not in RESCALES:
             raise unknown("rescale", rescale, RESCALES)
         if fill is not None and [len(values) for values in fill] != list(target.hidden):
@@ -108,18 +108,21 @@ class LazyNetwork(nn.Module):
         """Scores (float32, examples x classes) of inputs `x` (float32, examples x features)."""
         return self.evaluate(x).scores
 
-    def evaluate(self, x: Tensor, first: Tensor | None = None, decision: Decision | None = None) -> Evaluation:
+    def evaluate(
+        self, x: Tensor, first: Tensor | None = None, decision: Decision | None = None, *, through: bool = True
+    ) -> Evaluation:
         """Scores, mask and logits of inputs `x`; `first` are the first layer's pre-activations where known already, and
         `decision` decides this once instead of the network's own.
 
         Gradients reach the policy through the logits: bits are constants, and so is sigma where it rescales; only a
-        relaxed decision's numbers carry the gradient of the scores too.
+        relaxed decision's numbers carry the gradient of the scores too. Those of the logits go on into the layers below
+        unless `through` is False: then these are to a gate what the input is.
         """
         h, read, masks, logits, hidden = x, x, [], [], []
         decision = decision or self.decision
         for index, layer in enumerate(self.target.linears[:-1]):
             if index < len(self.policy.gates):
-                logits.append(self.policy.logits(index, read))
+                logits.append(self.policy.logits(index, read if through else read.detach()))
                 masks.append(self._decided(decision(logits[-1], index)))
             hidden.append(self.target.activation(first if index == 0 and first is not None else layer(h)))
             gate = min(index, len(masks) - 1)
@@ -156,21 +159,25 @@ class LazyNetwork(nn.Module):
     def _spread(self, bits: Tensor, index: int) -> Tensor:
         """For each neuron of a layer the number of its group. As a product where there is a gradient, whose backward
         pass is then a product too instead of a slow scattered sum; the numbers are the same."""
+        if self.partition.alone[index]:
+            return bits
         groups = self.partition.membership[index]
         return bits @ self.partition.rows[index] if bits.requires_grad else bits.index_select(1, groups)
 
     def cost(self, mask: Tensor) -> Cost:
         """What evaluating only the neurons that `mask` (bool, examples x bits) chooses takes, policy included."""
         neurons = self.partition.neurons(mask)
-        groups, policy = self.partition.groups, []
+        groups, policy = self.partition.groups_by_gate, []
         for index, gate in enumerate(self.policy.gates):
             policy.append(neurons[:, index - 1].mean().item() if index else float(gate.in_features))
         cost = self._cost(neurons)
         pooling = self.policy.pool.inputs if self.policy.pool else 0
         return dataclasses.replace(
             cost,
-            policy_multiply_adds=tuple(read * groups + (0 if gate else pooling) for gate, read in enumerate(policy)),
-            policy_bytes=tuple(FLOAT_BYTES * (read + 1) * groups for read in policy),
+            policy_multiply_adds=tuple(
+                read * groups[gate] + (0 if gate else pooling) for gate, read in enumerate(policy)
+            ),
+            policy_bytes=tuple(FLOAT_BYTES * (read + 1) * groups[gate] for gate, read in enumerate(policy)),
         )  # fmt: skip
 
     def target_cost(self) -> Cost:
@@ -183,11 +190,11 @@ class LazyNetwork(nn.Module):
 
     def computes(self, mask: Tensor) -> Tensor:
         """That share for each example (float64, examples); differentiable in a relaxed `mask`."""
-        neurons, groups = self.partition.neurons(mask), self.partition.groups
+        neurons, groups = self.partition.neurons(mask), self.partition.groups_by_gate
         sides = self._sides(neurons)
-        spent = (sides[:, :-1] * sides[:, 1:]).sum(1) + self.policy.gates[0].in_features * groups
+        spent = (sides[:, :-1] * sides[:, 1:]).sum(1) + self.policy.gates[0].in_features * groups[0]
         above = neurons[:, : len(self.policy.gates) - 1]  # what the gates after the first read
-        spent = spent + groups * above.sum(1) + (self.policy.pool.inputs if self.policy.pool else 0)
+        spent = spent + above @ above.new_tensor(groups[1:]) + (self.policy.pool.inputs if self.policy.pool else 0)
         return spent / self.target_cost().total_multiply_adds
 
     def _cost(self, neurons: Tensor) -> Cost:

@@ -63,7 +63,9 @@ class Policy(nn.Module):
         first = pool.outputs if pool else inputs
         sources = [first, *partition.widths[:-1]] if partition.scope == "layer" else [first]
         self.scope, self.pool, self.always_on = partition.scope, pool, always_on
-        self._gates = nn.ModuleList(linear(source, partition.groups, generator) for source in sources)
+        self._groups = partition.groups
+        counts = partition.groups_by_gate
+        self._gates = nn.ModuleList(linear(*sides, generator) for sides in zip(sources, counts, strict=True))
 
     @property
     def gates(self) -> list[nn.Linear]:
@@ -72,8 +74,18 @@ class Policy(nn.Module):
 
     @property
     def bits(self) -> int:
-        """Bits of a mask over all gates."""
-        return sum(gate.out_features for gate in self.gates)
+        """Bits of a mask over all gates; also those that a gate with fewer groups than others does not need."""
+        return self._groups * len(self.gates)
+
+    def start_at(self, rate: float) -> None:
+        """Set the biases so that every bit's probability is `rate` where a gate reads zeros.
+
+        Raises UsageError unless the rate lies between 0 and 1: from either end no gradient leads back.
+        """
+        if not 0 < rate < 1:
+            raise UsageError(f"a policy must start at a rate between 0 and 1, not at {rate}")
+        for gate in self.gates:
+            nn.init.constant_(gate.bias, math.log(rate / (1 - rate)))
 
     def reads(self) -> list[int]:
         """Features that each gate is given, before pooling."""
@@ -82,10 +94,13 @@ class Policy(nn.Module):
 
     def logits(self, gate: int, s: Tensor) -> Tensor:
         """Z s + d of one gate (float32, examples x groups); `s` is X for the first gate, else the masked layer below.
+        Bits that a gate with fewer groups than others does not need have a logit of -ALWAYS.
 
         Logits rather than probabilities, because sigma rounds to exactly 0 or 1 where a policy is sure.
         """
         logits: Tensor = self.gates[gate](self.pool(s) if self.pool and gate == 0 else s)
+        if missing := self._groups - logits.shape[1]:
+            logits = torch.cat([logits, logits.new_full((len(logits), missing), -ALWAYS)], 1)
         if not self.always_on:
             return logits
         # The others stay below it, so that it comes first in every ranking.
@@ -157,7 +172,8 @@ class Budget:
         Where groups differ in size, the activity in neurons differs from it.
         """
         asked = asked_by_gate(activity, len(policy.gates))
-        return cls(tuple(max(1, round(share * partition.groups)) for share in asked))
+        counts = partition.groups_by_gate
+        return cls(tuple(max(1, round(share * count)) for share, count in zip(asked, counts, strict=True)))
 
     def __call__(self, logits: Tensor, gate: int) -> Tensor:
         """See `Decision`."""
@@ -182,14 +198,27 @@ class Given:
 
 @dataclass(frozen=True)
 class Shared:
-    """One mask for all examples that come together, decided from their mean logits (our reading: *dropout-policies*
-    shares one mask among 32 examples and leaves open how it is decided)."""
+    """One mask for all examples that come together, or for each run of so many `examples` of them, decided from their
+    mean logits (our reading: *dropout-policies* shares one mask among 32 examples and leaves open how it is decided).
+    """
 
     decision: Decision
+    examples: int | None = None
 
     def __call__(self, logits: Tensor, gate: int) -> Tensor:
         """See `Decision`."""
-        return self.decision(logits.mean(0, keepdim=True), gate).expand(len(logits), -1)
+        size = self.examples or max(1, len(logits))
+        return self.decision(means_of_runs(logits, size), gate).repeat_interleave(size, 0)[: len(logits)]
+
+
+def means_of_runs(numbers: Tensor, size: int) -> Tensor:
+    """Means over runs of `size` rows of `numbers`, the last run maybe shorter.
+
+    >>> means_of_runs(torch.tensor([[1.0], [3.0], [5.0]]), 2)
+    tensor([[2.],
+            [5.]])
+    """
+    return torch.stack([part.mean(0) for part in numbers.split(size)]) if len(numbers) else numbers
 
 
 def asked_by_gate(activity: float | Sequence[float], gates: int) -> tuple[float, ...]:

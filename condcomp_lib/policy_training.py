@@ -13,10 +13,11 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from condcomp_lib.datasets import Dataset
 from condcomp_lib.errors import UsageError, unknown
-from condcomp_lib.estimators import Dense, Estimate, Estimator, Minibatch, Reinforce
+from condcomp_lib.estimators import Dense, Estimator, Minibatch, Reinforce
 from condcomp_lib.estimators.disarm import DisARM
 from condcomp_lib.estimators.dpg import DPG
 from condcomp_lib.estimators.pathwise import (
+    BudgetThrough,
     GaussianNoise,
     GumbelSigmoid,
     Pathwise,
@@ -27,7 +28,7 @@ from condcomp_lib.estimators.supervised import Supervised
 from condcomp_lib.fitting import fit, plan
 from condcomp_lib.lazy import Evaluation, LazyNetwork, calibrated, evaluate
 from condcomp_lib.oracle import Oracle
-from condcomp_lib.policies import Sample, asked_by_gate
+from condcomp_lib.policies import Budget, Sample, asked_by_gate
 from condcomp_lib.pretraining import shifted
 from condcomp_lib.runs import Outcome, Record, RunSpec, RunStore
 from condcomp_lib.sparsity import FORMS, check_tau, gated_loss, sparsity_loss
@@ -47,6 +48,9 @@ ESTIMATORS: dict[str, Maker] = {
     "disarm": lambda own, lazy, asked: DisARM(**own),  # noqa: ARG005
     "straight-through": lambda own, lazy, asked: Pathwise(StraightThrough),  # noqa: ARG005
     "threshold-through": lambda own, lazy, asked: Pathwise(ThresholdThrough),  # noqa: ARG005
+    "budget-through": lambda own, lazy, asked: Pathwise(
+        lambda draws: BudgetThrough(draws, _counts(lazy, asked), **own)
+    ),
     "gumbel-sigmoid": lambda own, lazy, asked: Pathwise(lambda draws: GumbelSigmoid(draws, **own)),  # noqa: ARG005
     "gaussian": lambda own, lazy, asked: Pathwise(lambda draws: GaussianNoise(draws, **own)),  # noqa: ARG005
     "regression": lambda own, lazy, asked: Supervised(_oracle(lazy), asked, "regression"),  # noqa: ARG005
@@ -54,7 +58,7 @@ ESTIMATORS: dict[str, Maker] = {
 }
 SUPERVISED = ("regression", "cross-entropy")
 # Those whose loss is the cost itself, so that the target's weights have a gradient in it.
-TUNING = ("dense", "straight-through", "threshold-through", "gumbel-sigmoid", "gaussian")
+TUNING = ("dense", "straight-through", "threshold-through", "budget-through", "gumbel-sigmoid", "gaussian")
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,7 @@ _MORE = ("options", "sparsity", "rates", "computation", "distil", "labels", "aug
 _OPTIONS = {
     "reinforce": ("normalise", "entropy_weight"),
     **dict.fromkeys(("dpg", "dpg-bits"), ("noise", "capacity", "batch", "hidden", "rate", "seed")),
+    "budget-through": ("noise",),
     "gumbel-sigmoid": ("temperature",),
     "gaussian": ("deviation",),
 }
@@ -146,6 +151,8 @@ def _check_options(estimator: str, options: Mapping[str, Any]) -> None:
             takes = ", ".join(known) or "none"
             raise UsageError(f"estimator {estimator!r} has no option {name!r}; known: {takes}")
     draws = torch.Generator()
+    if estimator == "budget-through":
+        BudgetThrough(draws, (), **options)
     if estimator in ("gumbel-sigmoid", "gaussian"):
         {"gumbel-sigmoid": GumbelSigmoid, "gaussian": GaussianNoise}[estimator](draws, **options)
     if estimator in ("reinforce", "dpg", "dpg-bits"):
@@ -175,17 +182,17 @@ def train_policy(
     """
     check_learnable(lazy, min(len(data.train), settings.get("epoch_examples", len(data.train))), settings)
     if not settings.get("warm_start"):
-        return _Training(lazy, data, settings, generator, first, None, cache_bytes).run(progress)
+        return PolicyTraining(lazy, data, settings, generator, first, None, cache_bytes).run(progress)
     before = {**settings, "estimator": "cross-entropy", "max_epochs": settings["warm_start"], "options": {}}
     without = ("finetune", "warm_start", "computation", "controller")
-    warm = _Training(lazy, data, {key: value for key, value in before.items() if key not in without}, generator,
+    warm = PolicyTraining(lazy, data, {key: value for key, value in before.items() if key not in without}, generator,
                      first, None, cache_bytes)  # fmt: skip
     curve = warm.run(progress)
-    after = _Training(lazy, data, settings, generator, warm.first, warm.wanted, cache_bytes).run(progress)
+    after = PolicyTraining(lazy, data, settings, generator, warm.first, warm.wanted, cache_bytes).run(progress)
     return PolicyCurve(curve.accuracy + after.accuracy, curve.activity + after.activity)
 
 
-class _Training:
+class PolicyTraining:
     """One training of a policy: what `train_policy` holds from minibatch to minibatch."""
 
     def __init__(
@@ -199,7 +206,7 @@ class _Training:
         cache_bytes: int,
     ) -> None:
         self.lazy, self.data, self.settings, self.generator = lazy, data, settings, generator
-        self.asked = asked_by_gate(settings.get("rates", settings["tau"]), len(lazy.policy.gates))
+        self.asked = list(asked_by_gate(settings.get("rates", settings["tau"]), len(lazy.policy.gates)))
         options = dict(settings.get("options", {}))
         if settings["estimator"] == "reinforce":
             options["baseline"] = settings["baseline"]
@@ -227,15 +234,19 @@ class _Training:
         return self.curve
 
     def loss(self, rows: Tensor) -> Tensor:
-        x, y = self.x[rows], self.y[rows]
-        if self.settings.get("augment"):
-            x = shifted(x, self.data.shape, self.settings["augment"], self.generator)
+        x, y = self.pictures(rows), self.y[rows]
         known = None if self.first is None else self.first[rows]
         wanted = self.wanted[rows] if self.wanted is not None else self.teacher(x) if self.teacher is not None else None
         found = self.estimator(Minibatch(self.lazy, x, lambda found: self.cost(found, y, wanted), known), self.drawing)
         if self.settings["estimator"] in (*SUPERVISED, "dense"):
             return found.loss
-        return found.loss + self.sparsity(found)
+        return found.loss + self.sparsity(found.found)
+
+    def pictures(self, rows: Tensor) -> Tensor:
+        """The examples with these numbers, moved where the settings say so."""
+        if not self.settings.get("augment"):
+            return self.x[rows]
+        return shifted(self.x[rows], self.data.shape, self.settings["augment"], self.generator)
 
     def cost(self, found: Evaluation, y: Tensor, wanted: Tensor | None) -> Tensor:
         """Each example's cost (float32): label, divergence from the target's scores, computation."""
@@ -248,8 +259,8 @@ class _Training:
             costs = costs + self.settings["computation"] * self.lazy.computes(found.mask).to(costs.dtype)
         return costs
 
-    def sparsity(self, estimate: Estimate) -> Tensor:
-        settings, found = self.settings, estimate.found
+    def sparsity(self, found: Evaluation) -> Tensor:
+        settings = self.settings
         if "controller" in settings:
             before, over = self.lambda_s, self.lazy.partition.activity(found.mask).mean().item() - settings["tau"]
             self.lambda_s = min(MOST_WEIGHT, before * math.exp(min(1.0, settings["controller"] * over)))
@@ -264,7 +275,7 @@ class _Training:
         form = self.settings.get("sparsity", "text")
         bits = found.mask.requires_grad and form != "kl"
         held = found.mask if bits else found.logits.sigmoid()
-        sigma = held.split(self.lazy.partition.groups, dim=1)
+        sigma = self.lazy.partition.by_gate(held)
         return gated_loss(sigma, self.asked, form, lambda_s, self.settings["lambda_v"])
 
     def score(self) -> float:
@@ -298,6 +309,10 @@ def check_learnable(lazy: LazyNetwork, examples: int, settings: Mapping[str, Any
     if estimator == "reinforce" and not isinstance(lazy.decision, Sample):
         raise UsageError(f"REINFORCE learns from sampled masks, not from a {type(lazy.decision).__name__}; give it a "
                          "lazy network that decides by Sample")  # fmt: skip
+
+
+def _counts(lazy: LazyNetwork, asked: Sequence[float]) -> tuple[int, ...]:
+    return Budget.of(tuple(asked), lazy.partition, lazy.policy).counts
 
 
 def _oracle(lazy: LazyNetwork) -> Oracle:

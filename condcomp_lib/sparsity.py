@@ -68,14 +68,21 @@ def rate_loss(sigma: Tensor, tau: float) -> Tensor:
     return sigma.shape[1] * (sigma.mean() - tau).square()
 
 
-def kl_loss(sigma: Tensor, tau: float) -> Tensor:
-    """mean_i sum_j KL(sigma_ij || tau), the divergence from a base rate (*dropout-policies*), with its own gradient.
+def divergence(sigma: Tensor, tau: float) -> Tensor:
+    """sum_j KL(sigma_ij || tau) of each example (float32), from the base rate `tau` (*dropout-policies*, equation 5).
 
-    The paper has it inside REINFORCE's cost, which leaves that gradient out."""
+    >>> divergence(torch.full((1, 2), 0.5), 0.5)
+    tensor([0.])
+    """
     check_tau(tau)
     sigma, q = sigma.clamp(LEAST, 1 - LEAST), min(max(tau, LEAST), 1 - LEAST)
-    divergence = sigma * (sigma / q).log() + (1 - sigma) * ((1 - sigma) / (1 - q)).log()
-    return divergence.sum(1).mean()
+    return (sigma * (sigma / q).log() + (1 - sigma) * ((1 - sigma) / (1 - q)).log()).sum(1)
+
+
+def kl_loss(sigma: Tensor, tau: float) -> Tensor:
+    """mean_i sum_j KL(sigma_ij || tau), with its own gradient. The paper has it inside REINFORCE's cost, which leaves
+    that gradient out."""
+    return divergence(sigma, tau).mean()
 
 
 # How the activity of one gate is held to tau, and which L_v goes with it.

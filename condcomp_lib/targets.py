@@ -61,6 +61,13 @@ def linear(inputs: int, outputs: int, generator: torch.Generator | None) -> nn.L
     return layer
 
 
+def start_glorot(network: MLP, generator: torch.Generator | None = None) -> None:
+    """Draw the weights anew by the heuristic of Glorot and Bengio (2010), and set the biases to zero, in place."""
+    for layer in network.linears:
+        nn.init.xavier_uniform_(layer.weight, generator=generator)
+        nn.init.zeros_(layer.bias)
+
+
 def hidden_widths(architecture: str) -> tuple[int, ...]:
     """The hidden widths that an architecture's name stands for.
 

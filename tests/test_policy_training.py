@@ -20,7 +20,7 @@ from condcomp_lib.runs import RunSpec, RunStore
 from condcomp_lib.sparsity import FORMS
 from condcomp_lib.training import accuracy, obtain_control, obtain_target, target_spec
 
-PATHWISE = ("straight-through", "threshold-through", "gumbel-sigmoid", "gaussian")
+PATHWISE = ("straight-through", "threshold-through", "budget-through", "gumbel-sigmoid", "gaussian")
 every_estimator = pytest.mark.parametrize("estimator", ESTIMATORS)
 either_scope = pytest.mark.parametrize("scope", ["network", "layer"])
 
@@ -151,7 +151,7 @@ def test_weights_of_the_target_learn_only_where_the_loss_is_the_cost(estimator):
     if estimator in ("dense", *PATHWISE):
         assert policy_plan(estimator=estimator, finetune=1e-3)["finetune"] == 1e-3
     else:
-        known = "dense, straight-through, threshold-through, gumbel-sigmoid, gaussian"
+        known = "dense, straight-through, threshold-through, budget-through, gumbel-sigmoid, gaussian"
         with pytest.raises(UsageError, match=f"^the target's weights learn with {known} only, not with '{estimator}'$"):
             policy_plan(estimator=estimator, finetune=1e-3)
     assert policy_plan(estimator=estimator, finetune=None)["finetune"] is None

@@ -24,17 +24,18 @@ TINY = 1e-8  # added to a standard deviation that is divided by
 @dataclass(frozen=True)
 class Minibatch:
     """Examples that a policy learns from: the lazy network, its inputs `x` (float32, examples x features), what an
-    evaluation costs each example (`cost`, from an `Evaluation` to float32, examples), and the first layer's
-    pre-activations where known."""
+    evaluation costs each example (`cost`, from an `Evaluation` to float32, examples), the first layer's pre-activations
+    where known, and whether the gradient of logits goes on into the layers below (see `LazyNetwork.evaluate`)."""
 
     lazy: LazyNetwork
     x: Tensor
     cost: Callable[[Evaluation], Tensor]
     first: Tensor | None = None
+    through: bool = True
 
     def under(self, decision: Decision) -> tuple[Tensor, Evaluation]:
         """Costs (float32, examples) and the evaluation when masks are decided like this."""
-        found = self.lazy.evaluate(self.x, self.first, decision)
+        found = self.lazy.evaluate(self.x, self.first, decision, through=self.through)
         return self.cost(found), found
 
 

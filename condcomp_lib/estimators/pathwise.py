@@ -1,4 +1,5 @@
-"""Estimators that send the gradient of the scores through the bits: straight-through, Gumbel-sigmoid, Gaussian noise.
+"""Estimators that send the gradient of the scores through the bits: straight-through (sampled, by a threshold or by a
+budget), Gumbel-sigmoid, Gaussian noise.
 
 They are biased and vary little. Each is a decision whose numbers stand for the bits and carry a gradient.
 """
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from condcomp_lib.errors import UsageError
 from condcomp_lib.estimators import Estimate, Minibatch
-from condcomp_lib.policies import Decision
+from condcomp_lib.policies import Budget, Decision
 
 LEAST_UNIFORM = 1e-6  # uniform numbers stay as far from 0 and 1, so that their logarithms are finite
 
@@ -38,6 +39,26 @@ class ThresholdThrough:
     def __call__(self, logits: Tensor, gate: int) -> Tensor:  # noqa: ARG002 (all gates alike)
         """See `Decision`; float32."""
         return _through(logits > 0, logits.sigmoid())
+
+
+@dataclass(frozen=True)
+class BudgetThrough:
+    """The `counts[gate]` groups with the highest logits going forward, the probabilities sigma going backward. The
+    logits carry Gumbel noise of this scale: at 1 a group is drawn with the softmax of the logits (Kool et al. 2019)."""
+
+    generator: torch.Generator
+    counts: tuple[int, ...]
+    noise: float = 0.3
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.noise < float("inf"):
+            raise UsageError(f"the noise's scale must be a number of at least 0, not {self.noise}")
+
+    def __call__(self, logits: Tensor, gate: int) -> Tensor:
+        """See `Decision`; float32."""
+        u = torch.rand(logits.shape, generator=self.generator).clamp(LEAST_UNIFORM, 1 - LEAST_UNIFORM)
+        noisy = logits.detach() - self.noise * (-u.log()).log()
+        return _through(Budget(self.counts)(noisy, gate), logits.sigmoid())
 
 
 @dataclass(frozen=True)

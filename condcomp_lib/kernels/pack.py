@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from condcomp_lib.errors import UsageError, unknown
 from condcomp_lib.kernels.tiles import LANES, LINE
 from condcomp_lib.lazy import LazyNetwork, decided_by
-from condcomp_lib.policies import Budget, Decision, Policy, Shared, Threshold, check_counts
+from condcomp_lib.policies import ALWAYS, Budget, Decision, Policy, Shared, Threshold, check_counts
 
 LEAST = 16  # neurons of a group, in the mean, from which on products with all of them beat lists of those not zero
 DTYPES = ("float32", "bfloat16", "int8")  # of the target's weights; everything else is float32
@@ -198,14 +198,16 @@ def _gates(
     """The entries of `meta` for gates and the spans of their logits; their weights, biases and levels are added."""
     found, spans = np.zeros((len(policy.gates), GATE_FIELDS), np.int64), []
     for gate, linear in enumerate(policy.gates):
-        rows = linear.weight.detach().numpy().T
+        absent = policy.bits // len(policy.gates) - linear.out_features  # as in Policy.logits
+        rows = np.pad(linear.weight.detach().numpy().T, ((0, 0), (0, absent)))
         if gate:  # as the layers above the first one: what was skipped adds nothing
             rows = np.concatenate([rows[order[gate - 1]], np.zeros((extra, rows.shape[1]), np.float32)])
         spans.append(_span(rows.shape[1], 0, floats.rows(rows)))
         level = decision.levels[gate] if isinstance(decision, Threshold) else 0.0
-        found[gate, GATE_BIAS] = floats.add(linear.bias.detach().numpy())
+        bias = np.pad(linear.bias.detach().numpy(), (0, absent), constant_values=-ALWAYS)
+        found[gate, GATE_BIAS] = floats.add(bias)
         found[gate, LEVEL] = floats.add(np.array([level], np.float32))
-        found[gate, COUNT] = _count(decision, gate, len(linear.bias))
+        found[gate, COUNT] = _count(decision, gate, linear.out_features)
     return found, spans
 
 
