@@ -279,17 +279,19 @@ def joint_spec(
     seed: int,
     start: float | None = None,
     glorot: bool = False,
+    always_on: bool = False,
     **training: Any,
 ) -> RunSpec:
     """The run that trains one network and its policy together.
 
     Arguments: `dataset` and `architecture` by name ("svhn", "208-128"); `block` neurons that share a bit, 1 for single
     units; `seed` of weights, masks and shuffling; `start` the rate that gates start at (None: their biases are drawn
-    like weights); `glorot` draws weights by Glorot's heuristic; `training` as for `joint_plan`.
+    like weights); `glorot` draws weights by Glorot's heuristic; `always_on` keeps each layer's first block on, whatever
+    the input; `training` as for `joint_plan`.
     """
     cut_into_blocks(hidden_widths(architecture), block)
     settings = {"dataset": dataset, "architecture": architecture, "block": block, "seed": seed, "start": start,
-                "glorot": glorot, **joint_plan(**training)}  # fmt: skip
+                "glorot": glorot, "always_on": always_on, **joint_plan(**training)}  # fmt: skip
     return RunSpec("joint-networks", RECIPE, settings)
 
 
@@ -301,7 +303,7 @@ def build_jointly(spec: RunSpec, data: Dataset, draws: torch.Generator) -> LazyN
     if settings["glorot"]:
         start_glorot(target, draws)
     partition = cut_into_blocks(hidden, settings["block"])
-    policy = Policy(partition, inputs, generator=draws)
+    policy = Policy(partition, inputs, generator=draws, always_on=settings["always_on"])
     if settings["start"] is not None:
         policy.start_at(settings["start"])
     return LazyNetwork(target, partition, policy, Sample(draws))

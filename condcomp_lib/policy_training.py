@@ -270,10 +270,10 @@ class PolicyTraining:
     def _sparsity(self, found: Evaluation, lambda_s: float) -> Tensor:
         if not {"sparsity", "rates"} & set(self.settings):
             return sparsity_loss(found.logits.sigmoid(), self.settings["tau"], lambda_s, self.settings["lambda_v"])
-        # The bits themselves where they have a gradient: what is evaluated, not how likely it is.
-        # A divergence needs probabilities: at 0 or 1 it has no gradient.
+        # The bits themselves where they have a gradient: what is evaluated, not how likely it is. A divergence needs
+        # probabilities: at 0 or 1 it has no gradient. A budget's bits are as many as they should be whatever it learns.
         form = self.settings.get("sparsity", "text")
-        bits = found.mask.requires_grad and form != "kl"
+        bits = found.mask.requires_grad and form != "kl" and self.settings["estimator"] != "budget-through"
         held = found.mask if bits else found.logits.sigmoid()
         sigma = self.lazy.partition.by_gate(held)
         return gated_loss(sigma, self.asked, form, lambda_s, self.settings["lambda_v"])

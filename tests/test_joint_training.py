@@ -340,6 +340,14 @@ def test_a_network_is_obtained_once(data, tmp_path):
         assert torch.equal(one, other)
 
 
+def test_the_first_block_of_every_layer_can_stay_on(data, tmp_path):
+    spec = joint_spec("digits", "24-16", 8, seed=0, always_on=True, epochs=1, estimator="budget-through", tau=0.5)
+    lazy, _ = obtain_jointly(spec, data, RunStore(tmp_path))
+    mask = evaluate(lazy, torch.from_numpy(data.test.x)).mask
+    assert [part[:, 0].all().item() for part in lazy.partition.by_gate(mask)] == [True, True]
+    assert [part.sum(1).unique().tolist() for part in lazy.partition.by_gate(mask)] == [[2], [1]]
+
+
 def test_runs_of_examples_share_a_mask_and_learn(data):
     lazy = digits_net()
     settings = plan(shared=16, baseline="moving", epochs=4, lambda_s=1.0)
