@@ -122,7 +122,11 @@ class _Drawn:
     def __init__(self, lazy: LazyNetwork, drawn: Sequence[Tensor]) -> None:
         self.policy, self._lazy, self._drawn = lazy.policy, lazy, drawn
 
-    def evaluate(self, x: Tensor, first: Tensor | None = None, decision: Decision | None = None) -> Evaluation:
+    def evaluate(
+        self, x: Tensor, first: Tensor | None = None, decision: Decision | None = None, *, through: bool = True
+    ) -> Evaluation:
+        if not through:
+            raise UsageError("the target is frozen while a partition is learned: there is no gradient to stop")
         return Evaluation(*gumbel_scores(self._lazy, self._drawn, x, first, decision))
 
 
