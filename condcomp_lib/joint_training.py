@@ -14,11 +14,12 @@ from torch.nn.functional import cross_entropy
 from condcomp_lib.datasets import Dataset
 from condcomp_lib.errors import UsageError, unknown
 from condcomp_lib.estimators import Minibatch, Reinforce, entropy, log_probability
+from condcomp_lib.estimators.named import BUDGETED, TUNING
 from condcomp_lib.fitting import Fitted, fit
 from condcomp_lib.lazy import Evaluation, LazyNetwork, calibrated, decided_by, evaluate
 from condcomp_lib.partitions import cut_into_blocks
 from condcomp_lib.policies import Blind, Budget, Policy, Sample, Shared, means_of_runs
-from condcomp_lib.policy_training import TUNING, PolicyTraining, check_learnable, policy_plan
+from condcomp_lib.policy_training import PolicyTraining, check_learnable, policy_plan
 from condcomp_lib.runs import Outcome, Record, RunSpec, RunStore
 from condcomp_lib.sparsity import divergence
 from condcomp_lib.targets import MLP, hidden_widths, start_glorot
@@ -246,7 +247,7 @@ def as_decided(lazy: LazyNetwork, x: Tensor, settings: Mapping[str, Any]) -> Laz
     """
     if settings["joint"]["uniform"]:
         return decided_by(lazy, blind(lazy, settings))
-    if settings["estimator"] == "budget-through":
+    if settings["estimator"] in BUDGETED:
         asked = settings.get("rates", (settings["tau"],) * len(lazy.policy.gates))
         return decided_by(lazy, Budget.of(tuple(asked), lazy.partition, lazy.policy))
     if "rates" in settings:

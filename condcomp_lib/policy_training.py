@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,22 +13,12 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from condcomp_lib.datasets import Dataset
 from condcomp_lib.errors import UsageError, unknown
-from condcomp_lib.estimators import Dense, Estimator, Minibatch, Reinforce
-from condcomp_lib.estimators.disarm import DisARM
-from condcomp_lib.estimators.dpg import DPG
-from condcomp_lib.estimators.pathwise import (
-    BudgetThrough,
-    GaussianNoise,
-    GumbelSigmoid,
-    Pathwise,
-    StraightThrough,
-    ThresholdThrough,
-)
-from condcomp_lib.estimators.supervised import Supervised
+from condcomp_lib.estimators import Minibatch, Reinforce, named
+from condcomp_lib.estimators.named import BUDGETED, ESTIMATORS, SUPERVISED, TUNING, check_options
 from condcomp_lib.fitting import fit, plan
 from condcomp_lib.lazy import Evaluation, LazyNetwork, calibrated, evaluate
 from condcomp_lib.oracle import Oracle
-from condcomp_lib.policies import Budget, Sample, asked_by_gate
+from condcomp_lib.policies import Sample, asked_by_gate
 from condcomp_lib.pretraining import shifted
 from condcomp_lib.runs import Outcome, Record, RunSpec, RunStore
 from condcomp_lib.sparsity import FORMS, check_tau, gated_loss, sparsity_loss
@@ -37,28 +27,6 @@ from condcomp_lib.training import CACHE_BYTES, TEMPERATURE, first_layer, hits, s
 
 POLICY_RECIPE = 1
 MOST_WEIGHT = 1e4  # of the sparsity terms under a controller
-
-# What each estimator is made from: the settings' options, the lazy network and the share of groups asked of each gate.
-Maker = Callable[[Mapping[str, Any], LazyNetwork, Sequence[float]], Estimator]
-ESTIMATORS: dict[str, Maker] = {
-    "dense": lambda own, lazy, asked: Dense(),  # noqa: ARG005
-    "reinforce": lambda own, lazy, asked: Reinforce(**own),  # noqa: ARG005
-    "dpg": lambda own, lazy, asked: DPG(**own),  # noqa: ARG005
-    "dpg-bits": lambda own, lazy, asked: DPG(reads="bits", **own),  # noqa: ARG005
-    "disarm": lambda own, lazy, asked: DisARM(**own),  # noqa: ARG005
-    "straight-through": lambda own, lazy, asked: Pathwise(StraightThrough),  # noqa: ARG005
-    "threshold-through": lambda own, lazy, asked: Pathwise(ThresholdThrough),  # noqa: ARG005
-    "budget-through": lambda own, lazy, asked: Pathwise(
-        lambda draws: BudgetThrough(draws, _counts(lazy, asked), **own)
-    ),
-    "gumbel-sigmoid": lambda own, lazy, asked: Pathwise(lambda draws: GumbelSigmoid(draws, **own)),  # noqa: ARG005
-    "gaussian": lambda own, lazy, asked: Pathwise(lambda draws: GaussianNoise(draws, **own)),  # noqa: ARG005
-    "regression": lambda own, lazy, asked: Supervised(_oracle(lazy), asked, "regression"),  # noqa: ARG005
-    "cross-entropy": lambda own, lazy, asked: Supervised(_oracle(lazy), asked, "cross-entropy"),  # noqa: ARG005
-}
-SUPERVISED = ("regression", "cross-entropy")
-# Those whose loss is the cost itself, so that the target's weights have a gradient in it.
-TUNING = ("dense", "straight-through", "threshold-through", "budget-through", "gumbel-sigmoid", "gaussian")
 
 
 @dataclass(frozen=True)
@@ -113,13 +81,6 @@ def policy_plan(
 
 
 _MORE = ("options", "sparsity", "rates", "computation", "distil", "labels", "augment", "warm_start", "finetune")
-_OPTIONS = {
-    "reinforce": ("normalise", "entropy_weight"),
-    **dict.fromkeys(("dpg", "dpg-bits"), ("noise", "capacity", "batch", "hidden", "rate", "seed")),
-    "budget-through": ("noise",),
-    "gumbel-sigmoid": ("temperature",),
-    "gaussian": ("deviation",),
-}
 _WEIGHTS = ("computation", "distil", "labels", "augment", "warm_start", "finetune")
 
 
@@ -140,23 +101,7 @@ def _check_more(estimator: str, own: Mapping[str, Any]) -> None:
     for name in ("augment", "warm_start"):
         if not isinstance(own.get(name, 0), int):
             raise UsageError(f"{name} must be a whole number, not {own[name]}")
-    _check_options(estimator, own.get("options", {}))
-
-
-def _check_options(estimator: str, options: Mapping[str, Any]) -> None:
-    """Raise UsageError unless the estimator takes these options, with these values."""
-    known = _OPTIONS.get(estimator, ())
-    for name in options:
-        if name not in known:
-            takes = ", ".join(known) or "none"
-            raise UsageError(f"estimator {estimator!r} has no option {name!r}; known: {takes}")
-    draws = torch.Generator()
-    if estimator == "budget-through":
-        BudgetThrough(draws, (), **options)
-    if estimator in ("gumbel-sigmoid", "gaussian"):
-        {"gumbel-sigmoid": GumbelSigmoid, "gaussian": GaussianNoise}[estimator](draws, **options)
-    if estimator in ("reinforce", "dpg", "dpg-bits"):
-        (Reinforce if estimator == "reinforce" else DPG)(**options)
+    check_options(estimator, own.get("options", {}))
 
 
 def train_policy(
@@ -270,13 +215,23 @@ class PolicyTraining:
     def _sparsity(self, found: Evaluation, lambda_s: float) -> Tensor:
         if not {"sparsity", "rates"} & set(self.settings):
             return sparsity_loss(found.logits.sigmoid(), self.settings["tau"], lambda_s, self.settings["lambda_v"])
-        # The bits themselves where they have a gradient: what is evaluated, not how likely it is. A divergence needs
-        # probabilities: at 0 or 1 it has no gradient. A budget's bits are as many as they should be whatever it learns.
-        form = self.settings.get("sparsity", "text")
-        bits = found.mask.requires_grad and form != "kl" and self.settings["estimator"] != "budget-through"
-        held = found.mask if bits else found.logits.sigmoid()
-        sigma = self.lazy.partition.by_gate(held)
-        return gated_loss(sigma, self.asked, form, lambda_s, self.settings["lambda_v"])
+        form, by_gate = self.settings.get("sparsity", "text"), self.lazy.partition.by_gate
+        if self.settings["estimator"] in BUDGETED:
+            counts = named.counts(self.lazy, self.asked)
+            held = [self._picked(logits, count) for logits, count in zip(by_gate(found.logits), counts, strict=True)]
+        elif found.mask.requires_grad and form != "kl":
+            # The bits themselves where they have a gradient: what is evaluated, not how likely it is. A divergence
+            # needs probabilities: at 0 or 1 it has no gradient.
+            held = by_gate(found.mask)
+        else:
+            held = by_gate(found.logits.sigmoid())
+        return gated_loss(held, self.asked, form, lambda_s, self.settings["lambda_v"])
+
+    def _picked(self, logits: Tensor, count: int) -> Tensor:
+        """About how often a gate picks each group: `count` times the softmax of the logits."""
+        if self.lazy.policy.always_on:
+            return torch.cat([torch.ones_like(logits[:, :1]), (count - 1) * logits[:, 1:].softmax(1)], 1)
+        return count * logits.softmax(1)
 
     def score(self) -> float:
         x, lazy = torch.from_numpy(self.data.valid.x), self.lazy
@@ -309,17 +264,6 @@ def check_learnable(lazy: LazyNetwork, examples: int, settings: Mapping[str, Any
     if estimator == "reinforce" and not isinstance(lazy.decision, Sample):
         raise UsageError(f"REINFORCE learns from sampled masks, not from a {type(lazy.decision).__name__}; give it a "
                          "lazy network that decides by Sample")  # fmt: skip
-
-
-def _counts(lazy: LazyNetwork, asked: Sequence[float]) -> tuple[int, ...]:
-    return Budget.of(tuple(asked), lazy.partition, lazy.policy).counts
-
-
-def _oracle(lazy: LazyNetwork) -> Oracle:
-    """The oracle of the lazy network that a router learns from."""
-    if lazy.policy.always_on:
-        raise UsageError("a supervised router needs a policy without an always-on group")
-    return Oracle(lazy.target, lazy.partition, lazy.policy.pool)
 
 
 def obtain_policy(spec: RunSpec, lazy: LazyNetwork, data: Dataset, artefacts: RunStore) -> Record:

@@ -10,8 +10,9 @@ from torch.distributions import Bernoulli, kl_divergence
 
 from condcomp_lib import datasets, joint_training
 from condcomp_lib.errors import UsageError
-from condcomp_lib.estimators import Reinforce, log_probability
+from condcomp_lib.estimators import Minibatch, Reinforce, log_probability
 from condcomp_lib.estimators.pathwise import BudgetThrough
+from condcomp_lib.estimators.sum_and_sample import SumAndSample
 from condcomp_lib.joint_training import (
     activity_by_layer,
     as_decided,
@@ -22,7 +23,7 @@ from condcomp_lib.joint_training import (
 )
 from condcomp_lib.kernels import compile
 from condcomp_lib.lazy import LazyNetwork, calibrated, decided_by, evaluate
-from condcomp_lib.partitions import Partition, cut_into_blocks
+from condcomp_lib.partitions import Partition, cut_into_blocks, make_partition
 from condcomp_lib.policies import Budget, Given, Policy, Sample, Shared, Threshold, means_of_runs
 from condcomp_lib.policy_training import ESTIMATORS, SUPERVISED
 from condcomp_lib.runs import RunStore
@@ -304,6 +305,50 @@ def test_a_budget_keeps_the_same_number_of_blocks_for_every_example_and_sigma_go
     torch.testing.assert_close(logits.grad, sigma * (1 - sigma))
     still = BudgetThrough(seeded(1), (2,), 0.0)(logits.detach(), 0)
     assert torch.equal(still > 0.5, Budget((2,))(logits.detach(), 0))
+
+
+def one_gate(hidden=(6, 4), groups=4, seed=0):
+    draws = seeded(seed)
+    target = MLP(5, hidden, 3, generator=draws)
+    partition = make_partition("balanced", hidden, groups, draws)
+    return LazyNetwork(target, partition, Policy(partition, 5, generator=draws), Sample(draws))
+
+
+def test_summing_over_a_single_pick_is_the_exact_expected_cost_for_policy_and_weights():
+    lazy, x, y = one_gate(), torch.randn(7, 5, generator=seeded(1)), torch.arange(7) % 3
+
+    def cost(found):
+        return torch.nn.functional.cross_entropy(found.scores, y, reduction="none")
+
+    found = SumAndSample(lambda: (1,))(Minibatch(lazy, x, cost), seeded(2))
+    assert found.found.mask.sum(1).tolist() == [1] * 7
+    policy, weights = list(lazy.policy.parameters()), list(lazy.target.parameters())
+    ours = torch.autograd.grad(found.loss, [*policy, *weights])
+    probability, expected = lazy.evaluate(x).logits.softmax(1), torch.zeros(())
+    for group, bits in enumerate(torch.eye(4, dtype=torch.bool)):
+        expected = expected + (probability[:, group] * cost(lazy.evaluate(x, None, Given(bits[None])))).mean()
+    for one, other in zip(ours, torch.autograd.grad(expected, [*policy, *weights]), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_of_several_picks_the_last_one_is_tried_with_every_group_that_is_left():
+    lazy, x, tried = blocks_net((8, 6), 2), torch.randn(6, 5, generator=seeded(1)), []
+
+    def cost(found):
+        tried.append(found.mask)
+        return found.scores.square().sum(1)
+
+    found = SumAndSample(lambda: (2, 1))(Minibatch(lazy, x, cost), seeded(2)).found
+    assert len(tried) == 4 + 3 + 1
+    first, second, sampled = tried[:4], tried[4:7], found.mask[:, :4]
+    for group, mask in enumerate(first):
+        assert mask[:, group].all()
+        assert (mask[:, :4] & sampled).any(1).all()  # what was picked before is there, whichever is tried
+        assert set(mask[:, :4].sum(1).tolist()) <= {1, 2}
+        assert mask[:, 4:].sum(1).tolist() == [1] * 6
+    for group, mask in enumerate(second):
+        assert torch.equal(mask[:, :4], sampled)
+        assert mask[:, 4:7].int().tolist() == [[int(group == bit) for bit in range(3)]] * 6
 
 
 def test_gumbel_noise_of_scale_one_draws_a_group_by_the_softmax_of_the_logits():

@@ -148,10 +148,10 @@ def test_weights_that_are_no_numbers_of_at_least_0_are_refused(name, value):
 
 @every_estimator
 def test_weights_of_the_target_learn_only_where_the_loss_is_the_cost(estimator):
-    if estimator in ("dense", *PATHWISE):
+    if estimator in ("dense", "sum-and-sample", *PATHWISE):
         assert policy_plan(estimator=estimator, finetune=1e-3)["finetune"] == 1e-3
     else:
-        known = "dense, straight-through, threshold-through, budget-through, gumbel-sigmoid, gaussian"
+        known = "dense, sum-and-sample, straight-through, threshold-through, budget-through, gumbel-sigmoid, gaussian"
         with pytest.raises(UsageError, match=f"^the target's weights learn with {known} only, not with '{estimator}'$"):
             policy_plan(estimator=estimator, finetune=1e-3)
     assert policy_plan(estimator=estimator, finetune=None)["finetune"] is None
