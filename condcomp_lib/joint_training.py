@@ -48,7 +48,7 @@ def joint_plan(
     - `network_rate`, the learning rate of the network's weights, and `l2`, what their sum of squares adds to the loss;
     - `dense_epochs` in which the network learns alone, evaluated in full, before the policy is switched on;
     - `anneal`: epochs over which the activity that is asked for falls from the whole network to tau, by the same factor
-      each, so that all blocks learn from all examples first;
+      each, so that all blocks learn from all examples first (counted from the first epoch, `dense_epochs` included);
     - `kl`: lambda_s times the divergence KL(sigma || tau) of each gate as part of REINFORCE's cost, in place of L_b and
       L_e: "cost" as in *dropout-policies*, whose estimate leaves out that sigma depends on the policy directly, or
       "corrected" with that gradient added;
@@ -85,7 +85,9 @@ def joint_plan(
     for name, epochs in (("dense_epochs", dense_epochs), ("anneal", anneal)):
         if not 0 <= epochs < settings["max_epochs"]:
             raise UsageError(f"{name} must leave some of the {settings['max_epochs']} epochs, not be {epochs}")
-    for name in ("finetune", "warm_start"):
+    if kl and anneal:
+        raise UsageError("anneal changes the activity that L_b and L_e ask for; a divergence has one base rate, tau")
+    for name in ("finetune", "warm_start", "distil"):
         if settings.get(name):
             raise UsageError(f"{name} is for a trained target; here the network learns from the start")
     own = {"network_rate": network_rate, "l2": l2, "dense_epochs": dense_epochs, "anneal": anneal, "kl": kl,
@@ -115,8 +117,8 @@ def train_jointly(
 
     The weights follow the gradient of the examples' mean cost under their masks, the policy the estimate that its
     estimator makes of it; the sparsity loss is added for both. Estimators from REINFORCE's family see the network as
-    given: what a gate reads carries no gradient of log pi. Validation accuracy is that of masks decided as the lazy
-    network does, or by thresholds calibrated to the `rates` that the settings ask for.
+    given: what a gate reads carries no gradient of log pi. Validation accuracy is that of masks decided as by
+    `as_decided`.
 
     Arguments: `settings` as from `joint_plan`; `generator` shuffles (masks are drawn by the lazy network's decision
     where it samples).

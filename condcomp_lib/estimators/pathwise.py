@@ -17,6 +17,13 @@ from condcomp_lib.policies import Budget, Decision
 LEAST_UNIFORM = 1e-6  # uniform numbers stay as far from 0 and 1, so that their logarithms are finite
 
 
+def gumbel_noise(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """Standard Gumbel numbers in the shape of `logits`: added to these, the highest k are k picks without replacement,
+    each by the softmax of those that are left (Kool et al. 2019)."""
+    u = torch.rand(logits.shape, generator=generator).clamp(LEAST_UNIFORM, 1 - LEAST_UNIFORM)
+    return -(-u.log()).log()
+
+
 @dataclass(frozen=True)
 class StraightThrough:
     """The sampled bits going forward, the probabilities sigma going backward (Bengio, Leonard, Courville 2013, in the
@@ -56,8 +63,7 @@ class BudgetThrough:
 
     def __call__(self, logits: Tensor, gate: int) -> Tensor:
         """See `Decision`; float32."""
-        u = torch.rand(logits.shape, generator=self.generator).clamp(LEAST_UNIFORM, 1 - LEAST_UNIFORM)
-        noisy = logits.detach() - self.noise * (-u.log()).log()
+        noisy = logits.detach() + self.noise * gumbel_noise(logits, self.generator)
         return _through(Budget(self.counts)(noisy, gate), logits.sigmoid())
 
 

@@ -9,10 +9,9 @@ from torch import Tensor
 
 from condcomp_lib.errors import UsageError
 from condcomp_lib.estimators import Estimate, Minibatch
+from condcomp_lib.estimators.pathwise import gumbel_noise
 from condcomp_lib.lazy import Evaluation
 from condcomp_lib.policies import Decision
-
-LEAST_UNIFORM = 1e-6
 
 
 class SumAndSample:
@@ -61,11 +60,10 @@ class _Picks:
         self.counts, self.generator, self.order, self.bits = counts, generator, list[Tensor](), list[Tensor]()
 
     def __call__(self, logits: Tensor, gate: int) -> Tensor:
-        """See `Decision`: the highest logits after Gumbel noise are such picks (Kool et al. 2019)."""
+        """See `Decision`."""
         if not 1 <= self.counts[gate] <= logits.shape[1]:
             raise UsageError(f"a budget must be from 1 to {logits.shape[1]} groups, not {self.counts[gate]}")
-        u = torch.rand(logits.shape, generator=self.generator).clamp(LEAST_UNIFORM, 1 - LEAST_UNIFORM)
-        order = (logits.detach() - (-u.log()).log()).topk(self.counts[gate], dim=1).indices
+        order = (logits.detach() + gumbel_noise(logits, self.generator)).topk(self.counts[gate], dim=1).indices
         bits = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, order, True)
         self.order.append(order)
         self.bits.append(bits)
