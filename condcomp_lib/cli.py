@@ -196,11 +196,15 @@ def audit(
 def verdicts(
     profile: Profile = "paper",
     record: Annotated[bool, typer.Option("--record", help="accept these verdicts as the recorded ones")] = False,
+    partial: Annotated[bool, typer.Option("--partial", help="judge what is stored although runs are missing")] = False,
 ) -> None:
     """Judge every claim from the profile's runs; recording a changed verdict is a decision, hence a command."""
     from condcomp_lib import claims, studies
 
-    judged = [c for name in studies.NAMES for c in studies.get(name).claims(studies.records(name, profile))]
+    known = ((name, studies.records(name, profile, partial=partial)) for name in studies.NAMES)
+    judged = [claim for name, records in known for claim in studies.get(name).claims(records)]
+    if partial:
+        typer.echo(studies.progress())
     for claim in judged:
         typer.echo(f"{claim.verdict:<10} {claim.id}: {claim.statement}: {claim.interval}, holds if {claim.rule}")
     if record:

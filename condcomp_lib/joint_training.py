@@ -41,6 +41,7 @@ def joint_plan(
     shared: int | None = None,
     uniform: float | None = None,
     keep: str = "best",
+    sampled: bool = False,
     **policy: Any,
 ) -> dict[str, Any]:
     """The settings of joint training, checked: those of `policy_plan`, whose learning rate is the policy's, and
@@ -56,7 +57,8 @@ def joint_plan(
     - `shared`: runs of so many examples of a minibatch share one mask (None: each has its own);
     - `uniform`: with the estimator "dense", block dropout: bits drawn at this rate whatever the input, in training and
       at inference;
-    - `keep` the weights of the "best" epoch on validation data, or of the "last".
+    - `keep` the weights of the "best" epoch on validation data, or of the "last";
+    - `sampled`: masks are sampled at inference also where `rates` are given (else calibrated to these).
 
     >>> joint_plan(estimator="threshold-through", tau=0.1)["joint"]["keep"]
     'best'
@@ -91,7 +93,7 @@ def joint_plan(
         if settings.get(name):
             raise UsageError(f"{name} is for a trained target; here the network learns from the start")
     own = {"network_rate": network_rate, "l2": l2, "dense_epochs": dense_epochs, "anneal": anneal, "kl": kl,
-           "to_go": to_go, "shared": shared, "uniform": uniform, "keep": keep}  # fmt: skip
+           "to_go": to_go, "shared": shared, "uniform": uniform, "keep": keep, "sampled": sampled}  # fmt: skip
     return {**settings, "joint": own}
 
 
@@ -124,20 +126,21 @@ def train_jointly(
     where it samples).
     """
     check_learnable(lazy, min(len(data.train), settings.get("epoch_examples", len(data.train))), settings)
-    training = _JointTraining(lazy, data, {**settings, "finetune": settings["joint"]["network_rate"]}, generator)
+    training = JointTraining(lazy, data, settings, generator)
     fitted = training.fit(progress)
     lazy.target.requires_grad_(False)
     found = training.joint_curve
     return JointCurve(found.accuracy, found.activity, found.entropy, fitted.epoch)
 
 
-class _JointTraining(PolicyTraining):
-    """One joint training: what `train_jointly` holds from minibatch to minibatch."""
+class JointTraining(PolicyTraining):
+    """One joint training: what `train_jointly` holds from minibatch to minibatch. `loss` is that of one of them."""
 
     def __init__(
         self, lazy: LazyNetwork, data: Dataset, settings: Mapping[str, Any], generator: torch.Generator
     ) -> None:
-        super().__init__(lazy, data, settings, generator, None, None, CACHE_BYTES)
+        learning = {**settings, "finetune": settings["joint"]["network_rate"]}
+        super().__init__(lazy, data, learning, generator, None, None, CACHE_BYTES)
         self.joint, self.joint_curve, self.final = settings["joint"], JointCurve(), list(self.asked)
         self._ask()
         options = {"baseline": settings.get("baseline", "mean"), **settings.get("options", {})}
@@ -252,7 +255,7 @@ def as_decided(lazy: LazyNetwork, x: Tensor, settings: Mapping[str, Any]) -> Laz
     if settings["estimator"] in BUDGETED:
         asked = settings.get("rates", (settings["tau"],) * len(lazy.policy.gates))
         return decided_by(lazy, Budget.of(tuple(asked), lazy.partition, lazy.policy))
-    if "rates" in settings:
+    if "rates" in settings and not settings["joint"]["sampled"]:
         return calibrated(lazy, x, settings["rates"])
     return decided_by(lazy, Shared(lazy.decision, settings["joint"]["shared"])) if settings["joint"]["shared"] else lazy
 

@@ -12,6 +12,8 @@ from condcomp_lib.studies import (
     block_results,
     blocks_accuracy,
     coactivation_results,
+    joint_first,
+    joint_results,
     lazy_results,
     partitioning,
     partitioning_splits,
@@ -68,6 +70,7 @@ def blocks() -> dict[str, str]:
     pretrained = studies.records("pretraining", "paper", partial=True)
     cost = studies.records("pretraining-cost", "paper", partial=True)
     together = studies.records("coactivation", "paper", partial=True)
+    joint, first = (studies.records(name, "paper", partial=True) for name in ("joint", "joint-first"))
     answered = sum(row["ours"] != "not yet" for row in rows)
     times = json.loads((paths.root() / "data" / "timings.json").read_text(encoding="utf-8"))
     return {
@@ -80,6 +83,8 @@ def blocks() -> dict[str, str]:
         "flow": tables.markdown(tables.frame(coactivation_results.flow_table(together), 3)),
         "blocks": tables.markdown(tables.frame(block_results.rows(block_results.promised(timed), timed), 1)),
         "trained": tables.markdown(tables.frame(blocks_accuracy.table(traded, blocks_accuracy.rivals(traded)), 3)),
+        "joint": tables.markdown(tables.frame(joint_results.brief(joint))),
+        "first": tables.markdown(tables.frame(joint_first.table(first, joint))),
         "items": tables.markdown(pd.DataFrame(studies.items())),
         "answered": (
             f"**How far it is**: notebooks so far: {', '.join(reproduce.names())}; {answered} of {len(rows)} published "

@@ -6,20 +6,12 @@ import dataclasses
 import numpy as np
 import pytest
 
-from condcomp_lib import cli, studies
+from condcomp_lib import cli
 from condcomp_lib.errors import CondcompError, UsageError
 from condcomp_lib.runs import Outcome, RunSpec, RunStore
 from condcomp_lib.studies import block_results, blocks, blocks_accuracy, policies
 
 TINY = {"architecture": "24-16-16-5", "groups": 4, "scope": "network", "threads": 1, "dtype": "float32"}
-
-
-@pytest.mark.parametrize("name", ["blocks", "blocks-accuracy"])
-@pytest.mark.parametrize("profile", ["quick", "paper"])
-def test_every_run_of_a_table_is_another_one(name, profile):
-    names = [spec.name for spec in studies.get(name).specs(profile)]
-    assert names
-    assert len(set(names)) == len(names)
 
 
 def test_every_promised_row_is_measured_twice():

@@ -38,10 +38,10 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def blocks_net(hidden=(6, 4), size=2, inputs=5, classes=3, seed=0, steep=3.0):
+def blocks_net(hidden=(6, 4), size=2, inputs=5, classes=3, seed=0, steep=3.0, always_on=False):
     draws = seeded(seed)
     target, partition = MLP(inputs, hidden, classes, generator=draws), cut_into_blocks(hidden, size)
-    policy = Policy(partition, inputs, generator=draws)
+    policy = Policy(partition, inputs, generator=draws, always_on=always_on)
     with torch.no_grad():
         for gate in policy.gates:
             gate.weight.mul_(steep)
@@ -139,7 +139,7 @@ def expected_estimate(lazy, data, settings, rows, monkeypatch):
     for bits in itertools.product([False, True], repeat=5):
         mask = torch.tensor([[*bits, False]])
         monkeypatch.setattr(joint_training, "Sample", lambda _, mask=mask: Given(mask))
-        training = joint_training._JointTraining(lazy, data, settings, seeded())
+        training = joint_training.JointTraining(lazy, data, settings, seeded())
         with torch.no_grad():
             found = lazy.evaluate(training.x[rows], None, Given(mask))
             probability = log_probability(found.logits, found.mask).exp()
@@ -150,7 +150,7 @@ def expected_estimate(lazy, data, settings, rows, monkeypatch):
 
 def exact(lazy, data, settings, rows, divergences=True):
     """The gradient of the expected cost in the policy's weights, from all masks."""
-    training = joint_training._JointTraining(lazy, data, settings, seeded())
+    training = joint_training.JointTraining(lazy, data, settings, seeded())
     x, y, loss = training.x[rows], training.y[rows], torch.zeros(1)
     for bits in itertools.product([False, True], repeat=5):
         found = lazy.evaluate(x, None, Given(torch.tensor([[*bits, False]])), through=False)
@@ -172,7 +172,7 @@ def tiny(data):
 @pytest.mark.parametrize("to_go", [False, True])
 def test_corrected_divergence_has_the_exact_gradient(tiny, data, to_go, monkeypatch):
     settings = joint_plan(baseline="none", kl="corrected", tau=0.2, lambda_s=0.5, to_go=to_go)
-    settings = {**settings, "finetune": 1e-3}
+    settings = {**settings}
     rows = torch.tensor([3])
     expected = exact(tiny, data, settings, rows)
     torch.testing.assert_close(
@@ -185,12 +185,12 @@ def test_divergence_inside_the_cost_says_nothing_to_the_gate_it_belongs_to(data,
     lazy = blocks_net((10,), 2, 64, 10)
     rows, found = torch.tensor([3]), {}
     for name, lambda_s in (("with", 0.5), ("without", 0.0)):
-        settings = {**joint_plan(baseline="none", kl="cost", tau=0.2, lambda_s=lambda_s), "finetune": 1e-3}
+        settings = {**joint_plan(baseline="none", kl="cost", tau=0.2, lambda_s=lambda_s)}
         total = 0
         for bits in itertools.product([False, True], repeat=5):
             mask = torch.tensor([bits])
             monkeypatch.setattr(joint_training, "Sample", lambda _, mask=mask: Given(mask))
-            training = joint_training._JointTraining(lazy, data, settings, seeded())
+            training = joint_training.JointTraining(lazy, data, settings, seeded())
             with torch.no_grad():
                 logits = lazy.evaluate(training.x[rows], None, Given(mask)).logits
             total = total + log_probability(logits, mask).exp() * gradients(lazy, training.loss(rows))
@@ -216,8 +216,8 @@ def test_one_product_is_the_sum_of_explicit_gradients():
 def test_score_functions_leave_the_network_to_its_own_gradient(data):
     """The weights' gradient is that of the mean cost under the masks, whatever the policy's part of the loss."""
     lazy = digits_net()
-    settings = {**joint_plan(lambda_s=0.0, baseline="none"), "finetune": 1e-3}
-    training = joint_training._JointTraining(lazy, data, settings, seeded())
+    settings = {**joint_plan(lambda_s=0.0, baseline="none")}
+    training = joint_training.JointTraining(lazy, data, settings, seeded())
     rows, state = torch.arange(32), lazy.decision.generator.get_state()
     training.loss(rows).backward()
     found = [layer.weight.grad.clone() for layer in lazy.target.linears]
@@ -264,7 +264,7 @@ def test_a_policy_switched_on_late_waits_and_is_what_is_kept(data):
     lazy = digits_net()
     policy = copy.deepcopy(lazy.policy.state_dict())
     seen = []
-    training = joint_training._JointTraining(lazy, data, {**plan(epochs=4, dense_epochs=3), "finetune": 1e-3}, seeded())
+    training = joint_training.JointTraining(lazy, data, plan(epochs=4, dense_epochs=3), seeded())
     score = training.score
 
     def watch():
@@ -280,8 +280,8 @@ def test_a_policy_switched_on_late_waits_and_is_what_is_kept(data):
 
 def test_what_is_asked_for_falls_from_the_whole_network_by_the_same_factor(data):
     lazy, asked = digits_net(), []
-    settings = {**plan(estimator="budget-through", rates=[1 / 6, 0.25], epochs=5, anneal=2), "finetune": 1e-3}
-    training = joint_training._JointTraining(lazy, data, settings, seeded())
+    settings = plan(estimator="budget-through", rates=[1 / 6, 0.25], epochs=5, anneal=2)
+    training = joint_training.JointTraining(lazy, data, settings, seeded())
     counts = []
     for rows in torch.arange(40).split(8):
         counts.append(training.estimator.relaxed(seeded()).counts)
@@ -349,6 +349,20 @@ def test_of_several_picks_the_last_one_is_tried_with_every_group_that_is_left():
     for group, mask in enumerate(second):
         assert torch.equal(mask[:, :4], sampled)
         assert mask[:, 4:7].int().tolist() == [[int(group == bit) for bit in range(3)]] * 6
+
+
+@pytest.mark.parametrize("always_on", [False, True])
+@pytest.mark.parametrize("counts", [(1, 1), (2, 2)])
+def test_what_is_tried_is_what_the_network_computes_under_that_mask(counts, always_on):
+    lazy, x, tried = blocks_net((8, 6), 2, always_on=always_on), torch.randn(6, 5, generator=seeded(1)), []
+
+    def cost(found):
+        tried.append(found)
+        return found.scores.square().sum(1)
+
+    SumAndSample(lambda: counts)(Minibatch(lazy, x, cost), seeded(2))
+    for found in tried:
+        torch.testing.assert_close(found.scores, lazy.evaluate(x, None, Given(found.mask)).scores)
 
 
 def test_gumbel_noise_of_scale_one_draws_a_group_by_the_softmax_of_the_logits():

@@ -26,14 +26,6 @@ def store(tmp_path):
     return RunStore(tmp_path / "artefacts")
 
 
-@pytest.mark.parametrize("name", [*FAMILY, "coactivation"])
-@pytest.mark.parametrize("profile", ["quick", "paper"])
-def test_every_run_of_a_table_is_another_one(name, profile):
-    names = [spec.name for spec in studies.get(name).specs(profile)]
-    assert names
-    assert len(set(names)) == len(names)
-
-
 def test_the_family_is_run_by_one_command():
     assert studies.family("pretraining") == list(FAMILY)
 

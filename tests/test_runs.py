@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from condcomp_lib import files, runs
+from condcomp_lib import files, runs, studies
 from condcomp_lib.files import SpecError, StoreError
 from condcomp_lib.runs import CorruptRecord, Outcome, RunSpec, RunStore
 
@@ -255,3 +255,11 @@ def test_weights_never_pass_through_a_pickle(store):
     arrays = store.get(SPEC).arrays_file
     with np.load(arrays, allow_pickle=False) as stored:
         assert stored["w"].dtype == np.arange(1).dtype
+
+
+@pytest.mark.parametrize("name", studies.NAMES)
+@pytest.mark.parametrize("profile", ["quick", "paper"])
+def test_every_run_of_a_studys_table_is_another_one(name, profile):
+    names = [spec.name for spec in studies.get(name).specs(profile)]
+    assert names
+    assert len(set(names)) == len(names)

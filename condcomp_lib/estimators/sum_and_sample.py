@@ -10,7 +10,7 @@ from torch import Tensor
 from condcomp_lib.errors import UsageError
 from condcomp_lib.estimators import Estimate, Minibatch
 from condcomp_lib.estimators.pathwise import gumbel_noise
-from condcomp_lib.lazy import Evaluation
+from condcomp_lib.lazy import Evaluation, LazyNetwork
 from condcomp_lib.policies import Decision
 
 
@@ -22,8 +22,8 @@ class SumAndSample:
 
     For a budget of one group its gradient in the gate's logits is exact, given the picks of the other gates; for more
     it leaves out what the earlier picks are worth. Every group learns from every example, as much as the gate would
-    pick it. There is an evaluation for every group, but a single one of the first layer. The gates above the one where
-    groups are tried sample picks of their own.
+    pick it. There is an evaluation for every group, but a single one of the first layer, and where nothing lies above
+    (see `_at_the_top`) a single one of all. The gates above the one where groups are tried sample picks of their own.
 
     The loss holds the costs' own gradient, too. `found` of the estimate is one sampled evaluation. `counts` says how
     many groups each gate is to pick now.
@@ -42,8 +42,12 @@ class SumAndSample:
         for gate, logits in enumerate(lazy.partition.by_gate(found.logits)):
             before = _without_last(base.order[gate], groups[gate])
             left = logits.masked_fill(before, -torch.inf).softmax(1)
-            tried = [_Tried(base, gate, before, group) for group in range(groups[gate])]
-            costs = torch.stack([minibatch.cost(self._under(one, minibatch, first)) for one in tried], 1)
+            if gate == len(groups) - 1 and _adds_up(lazy):
+                tried = _at_the_top(lazy, found, before)
+            else:
+                ways = [_Tried(base, gate, before, group) for group in range(groups[gate])]
+                tried = [self._under(one, minibatch, first) for one in ways]
+            costs = torch.stack([minibatch.cost(one) for one in tried], 1)
             loss = loss + (left * costs.detach()).sum(1).mean()
             loss = loss + (left.detach() * costs).sum(1).mean() / len(groups)
         return Estimate(loss, found, minibatch.cost(found).detach())
@@ -89,6 +93,36 @@ class _Tried:
         bits[:, : self.before.shape[1]] = self.before
         bits[:, self.group] = True
         return bits
+
+
+def _adds_up(lazy: LazyNetwork) -> bool:
+    """Whether the scores are a sum over the last layer's groups, all of them of the same size."""
+    partition = lazy.partition
+    sizes = torch.bincount(partition.membership[-1], minlength=partition.groups_by_gate[-1])
+    own = len(partition.groups_by_gate) == len(lazy.target.hidden)
+    return own and lazy.rescale == "none" and lazy.fill is None and bool((sizes == sizes[0]).all())
+
+
+def _at_the_top(lazy: LazyNetwork, found: Evaluation, before: Tensor) -> list[Evaluation]:
+    """What `found` becomes with each group in turn as the last gate's last pick. What lies below stays, so what every
+    group adds to the scores is computed once.
+
+    `before` (bool, examples x groups) the groups that were picked earlier.
+    """
+    layer, groups = lazy.target.linears[-1], before.shape[1]
+    order = lazy.partition.membership[-1].argsort(stable=True)
+    h = found.hidden[-1][:, order].reshape(len(before), groups, -1)
+    added = torch.einsum("ngs,cgs->ngc", h, layer.weight[:, order].reshape(len(layer.weight), groups, -1))
+    bits = before[:, None] | torch.eye(groups, dtype=torch.bool)  # examples x tries x groups
+    if lazy.policy.always_on:
+        bits[:, :, 0] = True
+    scores = torch.bmm(bits.to(added.dtype), added) + layer.bias
+    below, above = found.mask.split([lazy.partition.bits - lazy.partition.groups, lazy.partition.groups], 1)
+    unused = torch.zeros_like(above[:, groups:])
+    return [
+        Evaluation(scores[:, group], torch.cat([below, bits[:, group], unused], 1), found.logits)
+        for group in range(groups)
+    ]
 
 
 def _without_last(order: Tensor, groups: int) -> Tensor:

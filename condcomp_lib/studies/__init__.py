@@ -37,6 +37,11 @@ NAMES = (
     "coactivation",
     "blocks",
     "blocks-accuracy",
+    "joint",
+    "joint-search",
+    "joint-switches",
+    "joint-first",
+    "joint-time",
 )
 
 NOISE = "noise"  # stands for a data set where runs only measure time: standard normal numbers

@@ -5,7 +5,7 @@ import itertools
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -53,6 +53,18 @@ def specs(profile: str) -> list[RunSpec]:
             timed = {"threads": 1, "repeats": REPEATS[profile], "repeat": repeat}
             found.append(RunSpec("pretraining-cost", RECIPE, {"dataset": studies.NOISE, **row, **timed}))
     return found
+
+
+class Step(Protocol):
+    """What is measured: a call that can be made again after `clear`."""
+
+    def clear(self) -> None:
+        """Forget the gradients."""
+        ...
+
+    def __call__(self) -> None:
+        """One step."""
+        ...
 
 
 class _Step:
@@ -157,7 +169,7 @@ def _milliseconds(step: _Step, count: int) -> float:
     return 1e3 * (time.perf_counter() - started) / count
 
 
-def peak_bytes(step: _Step) -> int:
+def peak_bytes(step: Step) -> int:
     """The most bytes that torch allocates above the level between two steps (weights and the optimiser's state are
     there, gradients are not), as its profiler reports them."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # that the profiler starts and stops is no news

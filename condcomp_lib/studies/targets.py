@@ -70,10 +70,11 @@ def target_of(settings: Mapping[str, Any]) -> RunSpec:
     """The spec of the target that a run with these settings builds on; "target_training" says how it is trained where
     that is not as usual."""
     dataset, pretraining = settings["dataset"], settings["pretraining"]
-    usual = (TRAINING if pretraining == "none" else DROPOUT_TRAINING)[dataset]
+    usual = TRAINING if pretraining == "none" else DROPOUT_TRAINING
+    training = settings["target_training"] if "target_training" in settings else usual[dataset]
     return target_spec(
         dataset, settings["architecture"], target_seed=settings["target_seed"],
-        pretraining=pretraining, eps=settings.get("dropout_eps"), **settings.get("target_training", usual),
+        pretraining=pretraining, eps=settings.get("dropout_eps"), **training,
     )  # fmt: skip
 
 
