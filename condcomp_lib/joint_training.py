@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,11 +18,11 @@ from condcomp_lib.estimators.named import BUDGETED, TUNING
 from condcomp_lib.fitting import Fitted, fit
 from condcomp_lib.lazy import Evaluation, LazyNetwork, calibrated, decided_by, evaluate
 from condcomp_lib.partitions import cut_into_blocks
-from condcomp_lib.policies import Blind, Budget, Policy, Sample, Shared, means_of_runs
-from condcomp_lib.policy_training import PolicyTraining, check_learnable, policy_plan
+from condcomp_lib.policies import Blind, Budget, Policy, Pool, Sample, Shared, means_of_runs
+from condcomp_lib.policy_training import PolicyTraining, check_learnable, policy_plan, scores_of
 from condcomp_lib.runs import Outcome, Record, RunSpec, RunStore
 from condcomp_lib.sparsity import divergence
-from condcomp_lib.targets import MLP, hidden_widths, start_glorot
+from condcomp_lib.targets import build_target, hidden_widths, start_glorot
 from condcomp_lib.training import CACHE_BYTES, hits, shelf
 
 RECIPE = 1
@@ -230,8 +230,7 @@ class JointTraining(PolicyTraining):
         """Validation accuracy, put into the curve with the activity and the entropy."""
         x, curve = torch.from_numpy(self.data.valid.x), self.joint_curve
         if self.dense:
-            with torch.inference_mode():
-                found = hits(self.lazy.target(x), self.data.valid)
+            found = hits(scores_of(self.lazy.target, x), self.data.valid)
             curve.activity.append([])
             curve.entropy.append([])
             curve.accuracy.append(found)
@@ -286,33 +285,47 @@ def joint_spec(
     start: float | None = None,
     glorot: bool = False,
     always_on: bool = False,
+    pool: int = 0,
+    limits: Sequence[float] | None = None,
+    trained: Mapping[str, Any] | None = None,
     **training: Any,
 ) -> RunSpec:
     """The run that trains one network and its policy together.
 
-    Arguments: `dataset` and `architecture` by name ("svhn", "208-128"); `block` neurons that share a bit, 1 for single
-    units; `seed` of weights, masks and shuffling; `start` the rate that gates start at (None: their biases are drawn
-    like weights); `glorot` draws weights by Glorot's heuristic; `always_on` keeps each layer's first block on, whatever
-    the input; `training` as for `joint_plan`.
+    Arguments: `dataset` and `architecture` by name ("svhn", "208-128", see `build_target`); `block` neurons (or
+    filters) that share a bit, 1 for single units; `seed` of weights, masks and shuffling; `start` the rate that gates
+    start at (None: their biases are drawn like weights); `glorot` draws weights by Glorot's heuristic; `always_on`
+    keeps each layer's first block on, whatever the input; `pool` pixels a side that are averaged for the first gate (0:
+    it reads the input); `limits` of the probabilities, see `Policy`; `trained` how the network is trained alone before
+    (as for `joint_plan`, estimator "dense"; None: not at all); `training` as for `joint_plan`.
     """
     cut_into_blocks(hidden_widths(architecture), block)
+    more = {"pool": pool, "limits": limits and list(limits), "trained": trained and joint_plan(**trained)}
     settings = {"dataset": dataset, "architecture": architecture, "block": block, "seed": seed, "start": start,
-                "glorot": glorot, "always_on": always_on, **joint_plan(**training)}  # fmt: skip
+                "glorot": glorot, "always_on": always_on, **{name: own for name, own in more.items() if own},
+                **joint_plan(**training)}  # fmt: skip
     return RunSpec("joint-networks", RECIPE, settings)
 
 
 def build_jointly(spec: RunSpec, data: Dataset, draws: torch.Generator) -> LazyNetwork:
     """The untrained lazy network of `spec`; `draws` its weights, and later samples its masks."""
     settings = spec.settings
-    hidden, inputs = hidden_widths(settings["architecture"]), data.train.x.shape[1]
-    target = MLP(inputs, hidden, data.classes, generator=draws)
+    target = build_target(settings["architecture"], data.shape, data.classes, draws)
     if settings["glorot"]:
         start_glorot(target, draws)
-    partition = cut_into_blocks(hidden, settings["block"])
-    policy = Policy(partition, inputs, generator=draws, always_on=settings["always_on"])
+    partition = cut_into_blocks(target.hidden, settings["block"])
+    pool, limits = settings.get("pool"), settings.get("limits")
+    inputs, made = (target.inputs, Pool(data.shape, pool)) if pool else (target.reads[0], None)
+    policy = Policy(partition, inputs, made, draws, settings["always_on"], limits and tuple(limits))
     if settings["start"] is not None:
         policy.start_at(settings["start"])
     return LazyNetwork(target, partition, policy, Sample(draws))
+
+
+def _alone(spec: RunSpec) -> RunSpec:
+    """The run that trains the network of `spec` without its policy."""
+    kept = {key: spec.settings[key] for key in ("dataset", "architecture", "block", "seed", "glorot")}
+    return RunSpec(spec.study, RECIPE, {**kept, "start": None, "always_on": False, **spec.settings["trained"]})
 
 
 def obtain_jointly(spec: RunSpec, data: Dataset, artefacts: RunStore) -> tuple[LazyNetwork, Record]:
@@ -323,6 +336,8 @@ def obtain_jointly(spec: RunSpec, data: Dataset, artefacts: RunStore) -> tuple[L
     learned = nn.ModuleList([lazy.policy, lazy.target])
 
     def compute(wanted: RunSpec) -> Outcome:
+        if "trained" in wanted.settings:
+            lazy.target.load_state_dict(obtain_jointly(_alone(wanted), data, artefacts)[0].target.state_dict())
         curve = train_jointly(lazy, data, wanted.settings, torch.Generator().manual_seed(wanted.settings["seed"]))
         weights = {name: np.asarray(tensor) for name, tensor in learned.state_dict().items()}
         return Outcome(dataclasses.asdict(curve), weights, {"note": data.note, "checksum": data.checksum})

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from condcomp_lib.errors import UsageError, unknown
 from condcomp_lib.partitions import Partition
 from condcomp_lib.policies import Decision, Policy, Sample, Threshold, asked_by_gate, level_for
-from condcomp_lib.targets import MLP
+from condcomp_lib.targets import MLP, ConvNet
 
 RESCALES = ("none", "activity", "sigma")
 LEAST_SIGMA = 0.01  # "sigma" never multiplies by more than 100
@@ -59,7 +59,8 @@ class LazyNetwork(nn.Module):
     """A target, a partition and a policy: Z = <T, pi, P> (*partitions*, section 3). This is the reference evaluation.
 
     It computes every neuron and then masks, which defines the outputs; `cost` says what an evaluation of only the
-    chosen neurons takes.
+    chosen neurons takes. In a `ConvNet` filters stand for neurons: a mask switches whole filters, and a gate reads the
+    mean of each channel below (as the convolutional nets of *slides*).
 
     Arguments: `decision` turns the policy's logits into bits, or in training into numbers that stand for them and have
     a gradient; `rescale` what kept activations are multiplied with:
@@ -73,7 +74,7 @@ class LazyNetwork(nn.Module):
 
     def __init__(
         self,
-        target: MLP,
+        target: MLP | ConvNet,
         partition: Partition,
         policy: Policy,
         decision: Decision,
@@ -87,13 +88,16 @@ class LazyNetwork(nn.Module):
         if (policy.scope, policy.bits) != (partition.scope, partition.bits):
             raise UsageError(f"the policy sets {policy.bits} bits (scope {policy.scope}), the partition has "
                              f"{partition.bits} (scope {partition.scope})")  # fmt: skip
-        read, below = policy.reads(), [target.linears[0].in_features, *target.hidden[:-1]][: len(policy.gates)]
+        read, below = policy.reads(), target.reads[: len(policy.gates)]
+        below = [target.inputs, *below[1:]] if policy.pool else below
         if read != below or tuple(gate.out_features for gate in policy.gates) != partition.groups_by_gate:
             raise UsageError(f"the policy's gates read {read} features for "
                              f"{[gate.out_features for gate in policy.gates]} groups; here they must read {below} for "
                              f"{list(partition.groups_by_gate)} groups")  # fmt: skip
         if rescale not in RESCALES:
             raise unknown("rescale", rescale, RESCALES)
+        if fill is not None and isinstance(target, ConvNet):
+            raise UsageError("skipped filters count as zero: fill goes with fully connected targets only")
         if fill is not None and [len(values) for values in fill] != list(target.hidden):
             raise UsageError(f"fill must hold one number for each neuron of hidden layers {list(target.hidden)}, not "
                              f"{[len(values) for values in fill]}")  # fmt: skip
@@ -103,6 +107,13 @@ class LazyNetwork(nn.Module):
                     raise UsageError(f"the {owner}'s {name} holds a number that is not finite; train it again")
         self.target, self.partition, self.policy = target, partition, policy
         self.decision, self.rescale, self.fill = decision, rescale, fill
+
+    @property
+    def mlp(self) -> MLP:
+        """The target where it must be fully connected; raises UsageError for a conv net."""
+        if isinstance(self.target, MLP):
+            return self.target
+        raise UsageError(f"this goes with fully connected targets only, not with a {type(self.target).__name__}")
 
     def forward(self, x: Tensor) -> Tensor:
         """Scores (float32, examples x classes) of inputs `x` (float32, examples x features)."""
@@ -118,7 +129,8 @@ class LazyNetwork(nn.Module):
         relaxed decision's numbers carry the gradient of the scores too. Those of the logits go on into the layers below
         unless `through` is False: then these are to a gate what the input is.
         """
-        h, read, masks, logits, hidden = x, x, [], [], []
+        h, masks, logits, hidden = self.target.shaped(x), [], [], []
+        read = x if self.policy.pool else self.target.read(h)
         decision = decision or self.decision
         for index, layer in enumerate(self.target.linears[:-1]):
             if index < len(self.policy.gates):
@@ -127,8 +139,11 @@ class LazyNetwork(nn.Module):
             hidden.append(self.target.activation(first if index == 0 and first is not None else layer(h)))
             gate = min(index, len(masks) - 1)
             sigma = logits[gate].detach().sigmoid() if isinstance(decision, Sample) else None
-            read, h = self._kept(hidden[-1], masks[gate], sigma, index)
-        return Evaluation(self.target.linears[-1](h), torch.cat(masks, 1), torch.cat(logits, 1), tuple(hidden))
+            kept, h = self._kept(hidden[-1], masks[gate], sigma, index)
+            read = self.target.read(kept)
+        return Evaluation(
+            self.target.linears[-1](read if h is kept else h), torch.cat(masks, 1), torch.cat(logits, 1), tuple(hidden)
+        )
 
     def _decided(self, mask: Tensor) -> Tensor:
         """The bits of a gate as decided; that of an always-on group is set whatever the decision says."""
@@ -137,9 +152,11 @@ class LazyNetwork(nn.Module):
     def masked_scores(self, x: Tensor, mask: Tensor) -> Tensor:
         """Scores of `x` under a given mask (bool, examples x bits), whatever the policy would say; neither rescaled
         nor filled."""
+        h = self.target.shaped(x)
         for layer, columns in zip(self.target.linears[:-1], self.partition.columns, strict=True):
-            x = self.target.activation(layer(x)) * mask[:, columns]
-        return self.target.linears[-1](x)
+            h = self.target.activation(layer(h))
+            h = h * over(mask[:, columns], h)
+        return self.target.linears[-1](self.target.read(h))
 
     def _kept(self, h: Tensor, mask: Tensor, sigma: Tensor | None, index: int) -> tuple[Tensor, Tensor]:
         """The activations of a hidden layer after its mask, rescaled, as the next gate reads them (what was evaluated)
@@ -151,7 +168,7 @@ class LazyNetwork(nn.Module):
         elif self.rescale == "activity":
             share = factors @ torch.bincount(groups, minlength=factors.shape[1]).to(h.dtype) / len(groups)
             factors = factors / share.clamp(min=1 / len(groups))[:, None]
-        kept = h * self._spread(factors, index)
+        kept = h * over(self._spread(factors, index), h)
         if self.fill is None:
             return kept, kept
         return kept, kept + self.fill[index] * (1 - self._spread(bits, index))
@@ -170,15 +187,19 @@ class LazyNetwork(nn.Module):
         groups, policy = self.partition.groups_by_gate, []
         for index, gate in enumerate(self.policy.gates):
             policy.append(neurons[:, index - 1].mean().item() if index else float(gate.in_features))
-        cost = self._cost(neurons)
-        pooling = self.policy.pool.inputs if self.policy.pool else 0
+        cost, averaged = self._cost(neurons), self.target.positions
+        own = [read * (groups[gate] + (averaged[gate - 1] if gate else 0)) for gate, read in enumerate(policy)]
         return dataclasses.replace(
             cost,
-            policy_multiply_adds=tuple(
-                read * groups[gate] + (0 if gate else pooling) for gate, read in enumerate(policy)
-            ),
+            policy_multiply_adds=(own[0] + self._pooling(), *own[1:]),
             policy_bytes=tuple(FLOAT_BYTES * (read + 1) * groups[gate] for gate, read in enumerate(policy)),
         )  # fmt: skip
+
+    def _pooling(self) -> int:
+        """Numbers of an input that are averaged for the first gate."""
+        if self.policy.pool:
+            return self.policy.pool.inputs
+        return self.target.inputs if isinstance(self.target, ConvNet) else 0
 
     def target_cost(self) -> Cost:
         """What the target costs in full, without a policy."""
@@ -191,26 +212,31 @@ class LazyNetwork(nn.Module):
     def computes(self, mask: Tensor) -> Tensor:
         """That share for each example (float64, examples); differentiable in a relaxed `mask`."""
         neurons, groups = self.partition.neurons(mask), self.partition.groups_by_gate
-        sides = self._sides(neurons)
-        spent = (sides[:, :-1] * sides[:, 1:]).sum(1) + self.policy.gates[0].in_features * groups[0]
+        sides, averaged = self._sides(neurons), neurons.new_tensor(self.target.positions)
+        spent = (sides[:, :-1] * sides[:, 1:]) @ neurons.new_tensor(self.target.products)
+        spent = spent + neurons[:, -1] * averaged[-1] + self.policy.gates[0].in_features * groups[0] + self._pooling()
         above = neurons[:, : len(self.policy.gates) - 1]  # what the gates after the first read
-        spent = spent + above @ above.new_tensor(groups[1:]) + (self.policy.pool.inputs if self.policy.pool else 0)
+        spent = spent + above @ (above.new_tensor(groups[1:]) + averaged[: above.shape[1]])
         return spent / self.target_cost().total_multiply_adds
 
     def _cost(self, neurons: Tensor) -> Cost:
         sides = self._sides(neurons)
         # Products of counts of the same example: layers are active together, so means must come after.
-        products, outputs = (sides[:, :-1] * sides[:, 1:]).mean(0), sides[:, 1:].mean(0)
-        return Cost(
-            tuple(neurons.mean(0).tolist()),
-            tuple(products.tolist()),
-            tuple((FLOAT_BYTES * (products + outputs)).tolist()),
-        )
+        pairs, outputs, target = (sides[:, :-1] * sides[:, 1:]).mean(0), sides[:, 1:].mean(0), self.target
+        adds = pairs * pairs.new_tensor(target.products)
+        adds[-1] += sides[:, -2].mean() * target.positions[-1]  # what the last layer reads is averaged
+        read = pairs * pairs.new_tensor(target.weights) + outputs
+        return Cost(tuple(neurons.mean(0).tolist()), tuple(adds.tolist()), tuple((FLOAT_BYTES * read).tolist()))
 
     def _sides(self, neurons: Tensor) -> Tensor:
         """Neurons at both ends of each weight layer (float64, examples x layers from input to output)."""
-        linears, ends = self.target.linears, torch.ones(len(neurons), 1, dtype=torch.float64)
-        return torch.cat([linears[0].in_features * ends, neurons, linears[-1].out_features * ends], 1)
+        ends, classes = torch.ones(len(neurons), 1, dtype=torch.float64), self.target.linears[-1].out_features
+        return torch.cat([self.target.reads[0] * ends, neurons, classes * ends], 1)
+
+
+def over(bits: Tensor, h: Tensor) -> Tensor:
+    """Numbers of each unit (examples x units) in a shape that is multiplied with activations `h` of these units."""
+    return bits[:, :, None, None] if h.ndim == 4 else bits
 
 
 @torch.inference_mode()

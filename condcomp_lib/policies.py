@@ -46,7 +46,8 @@ class Policy(nn.Module):
 
     Arguments: `partition` whose groups are switched; `inputs` features of X; `pool` how X is made smaller (None: not);
     `generator` draws the weights; `always_on` gives group 0 of every gate a fixed logit, ALWAYS, whatever the input,
-    and a lazy network evaluates it whatever is decided.
+    and a lazy network evaluates it whatever is decided; `limits` between which probabilities are kept (*faster-models*'
+    code), so that no group is ever certain: beyond them there is no gradient.
     """
 
     def __init__(
@@ -56,13 +57,17 @@ class Policy(nn.Module):
         pool: Pool | None = None,
         generator: torch.Generator | None = None,
         always_on: bool = False,
+        limits: tuple[float, float] | None = None,
     ) -> None:
         super().__init__()
+        if limits is not None and not 0 < limits[0] < limits[1] < 1:
+            raise UsageError(f"limits must be two rising probabilities between 0 and 1, not {list(limits)}")
         if pool is not None and pool.inputs != inputs:
             raise UsageError(f"the pool takes {pool.inputs} features, the input has {inputs}")
         first = pool.outputs if pool else inputs
         sources = [first, *partition.widths[:-1]] if partition.scope == "layer" else [first]
         self.scope, self.pool, self.always_on = partition.scope, pool, always_on
+        self.limits = None if limits is None else tuple(math.log(rate / (1 - rate)) for rate in limits)
         self._groups = partition.groups
         counts = partition.groups_by_gate
         self._gates = nn.ModuleList(linear(*sides, generator) for sides in zip(sources, counts, strict=True))
@@ -99,6 +104,8 @@ class Policy(nn.Module):
         Logits rather than probabilities, because sigma rounds to exactly 0 or 1 where a policy is sure.
         """
         logits: Tensor = self.gates[gate](self.pool(s) if self.pool and gate == 0 else s)
+        if self.limits:
+            logits = logits.clamp(*self.limits)
         if missing := self._groups - logits.shape[1]:
             logits = torch.cat([logits, logits.new_full((len(logits), missing), -ALWAYS)], 1)
         if not self.always_on:

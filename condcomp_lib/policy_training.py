@@ -22,7 +22,6 @@ from condcomp_lib.policies import Sample, asked_by_gate
 from condcomp_lib.pretraining import shifted
 from condcomp_lib.runs import Outcome, Record, RunSpec, RunStore
 from condcomp_lib.sparsity import FORMS, check_tau, gated_loss, sparsity_loss
-from condcomp_lib.targets import MLP
 from condcomp_lib.training import CACHE_BYTES, TEMPERATURE, first_layer, hits, shelf
 
 POLICY_RECIPE = 1
@@ -244,7 +243,7 @@ class PolicyTraining:
 
 
 @torch.no_grad()
-def scores_of(target: MLP, x: Tensor) -> Tensor:
+def scores_of(target: nn.Module, x: Tensor) -> Tensor:
     """The target's scores (float32, examples x classes) of `x` (float32, examples x features), in minibatches."""
     return torch.cat([target(part) for part in x.split(2048)])
 

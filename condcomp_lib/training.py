@@ -19,7 +19,7 @@ from condcomp_lib.datasets import Dataset, Split
 from condcomp_lib.errors import UsageError, unknown
 from condcomp_lib.fitting import Balanced, Fitted, fit, plan
 from condcomp_lib.runs import Outcome, Record, RunSpec, RunStore
-from condcomp_lib.targets import ACTIVATIONS, MLP, hidden_widths, multiply_adds
+from condcomp_lib.targets import ACTIVATIONS, MLP, ConvNet, hidden_widths, multiply_adds
 
 RECIPE = 1
 CONTROL_RECIPE = 1
@@ -207,13 +207,14 @@ def accuracy(model: Callable[[Tensor], Tensor], split: Split) -> float:
 
 
 @torch.inference_mode()
-def first_layer(target: MLP, x: Tensor, most_bytes: int) -> Tensor | None:
-    """The first layer's pre-activations of `x` (float32, examples x neurons); None where they take more bytes.
+def first_layer(target: MLP | ConvNet, x: Tensor, most_bytes: int) -> Tensor | None:
+    """The first layer's pre-activations of `x` (float32, examples x neurons); None where they take more bytes, and for
+    a conv net, whose are pictures.
 
     Training a policy on a frozen target needs them in every epoch, and they are most of a target's work on images.
     """
     layer = target.linears[0]
-    if len(x) * layer.out_features * x.element_size() > most_bytes:
+    if isinstance(target, ConvNet) or len(x) * layer.out_features * x.element_size() > most_bytes:
         return None
     found = torch.empty(len(x), layer.out_features)
     for part, out in zip(x.split(2048), found.split(2048), strict=True):

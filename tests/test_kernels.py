@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from condcomp_lib.errors import UsageError
-from condcomp_lib.kernels import BATCHES, compile, cpu, timing
+from condcomp_lib.kernels import BATCHES, compile, cpu, products, timing
 from condcomp_lib.kernels.pack import DTYPES
 from condcomp_lib.kernels.tiles import AHEAD, LANES, panel_tile, row_tile, spread_tile
 from condcomp_lib.lazy import LazyNetwork, compensated, decided_by
@@ -370,7 +370,7 @@ def test_where_numba_cannot_write_its_cache_kernels_are_compiled_all_the_same(mo
 
     monkeypatch.setattr(numba, "njit", njit)
     with pytest.warns(UserWarning, match="NUMBA_CACHE_DIR"):
-        assert cpu._cached().py_func is cpu._run
+        assert products.kept(cpu._run, "run").py_func is cpu._run
 
 
 # where deciding by itself would differ from the reference

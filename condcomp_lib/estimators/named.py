@@ -86,4 +86,4 @@ def _oracle(lazy: LazyNetwork) -> Oracle:
     """The oracle of the lazy network that a router learns from."""
     if lazy.policy.always_on:
         raise UsageError("a supervised router needs a policy without an always-on group")
-    return Oracle(lazy.target, lazy.partition, lazy.policy.pool)
+    return Oracle(lazy.mlp, lazy.partition, lazy.policy.pool)

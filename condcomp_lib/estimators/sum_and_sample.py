@@ -35,7 +35,7 @@ class SumAndSample:
     def __call__(self, minibatch: Minibatch, generator: torch.Generator) -> Estimate:
         """See `Estimator`."""
         lazy, counts = minibatch.lazy, self.counts()
-        first = lazy.target.linears[0](minibatch.x) if minibatch.first is None else minibatch.first
+        first = lazy.mlp.linears[0](minibatch.x) if minibatch.first is None else minibatch.first
         base = _Picks(counts, generator)
         found = lazy.evaluate(minibatch.x, first, base, through=minibatch.through)
         loss, groups = torch.zeros(()), lazy.partition.groups_by_gate
@@ -109,7 +109,7 @@ def _at_the_top(lazy: LazyNetwork, found: Evaluation, before: Tensor) -> list[Ev
 
     `before` (bool, examples x groups) the groups that were picked earlier.
     """
-    layer, groups = lazy.target.linears[-1], before.shape[1]
+    layer, groups = lazy.mlp.linears[-1], before.shape[1]
     order = lazy.partition.membership[-1].argsort(stable=True)
     h = found.hidden[-1][:, order].reshape(len(before), groups, -1)
     added = torch.einsum("ngs,cgs->ngc", h, layer.weight[:, order].reshape(len(layer.weight), groups, -1))

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from condcomp_lib.errors import UsageError, unknown
-from condcomp_lib.kernels import cpu, pack
+from condcomp_lib.kernels import convolutions, cpu, pack
 from condcomp_lib.kernels.pack import Packed
 from condcomp_lib.lazy import LazyNetwork
+from condcomp_lib.targets import ConvNet
 
 BATCHES = ("one", "per-example", "shared")
 _FLOAT = np.dtype(np.float32)
@@ -25,6 +26,8 @@ class FastLazy:
     copy: what is trained later does not reach it. Several threads may use it at a time; each has its own room to work
     in, kept from call to call, so that only results are allocated.
     """
+
+    kernel = staticmethod(cpu.run)
 
     def __init__(self, packed: Packed, batch: str, threads: int) -> None:
         self.packed, self.batch, self.threads = packed, batch, threads
@@ -86,15 +89,28 @@ class FastLazy:
         if room is None or room[0] < n:
             room = self._room(n)
         step, own = (n or 1, True) if self._most is None else (self._most, False)
-        cpu.run(rows, packed.weights, packed.floats, packed.meta, scores, room[1], room[2],
+        self.kernel(rows, packed.weights, packed.floats, packed.meta, scores, room[1], room[2],
                 room[3][:n] if bits is None else bits, known, step, own)  # fmt: skip
+
+    def _space(self, n: int) -> tuple[int, int]:
+        """The float32 and int64 numbers that the kernel needs to work on `n` examples at a time."""
+        return cpu.room(self.packed, n)
 
     def _room(self, n: int) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
         """This thread's room for calls of up to `n` examples."""
-        space, lists = cpu.room(self.packed, n if self._most is None else min(n, self._most))
+        space, lists = self._space(n if self._most is None else min(n, self._most))
         bits = np.empty((n, self.packed.bits), np.uint8)
         self._rooms.room = n, pack.aligned(space, np.float32), pack.aligned(lists, np.int64), bits
         return self._rooms.room
+
+
+class FastFilters(FastLazy):
+    """A lazy conv net made fast; examples are evaluated one after the other."""
+
+    kernel = staticmethod(convolutions.run)
+
+    def _space(self, n: int) -> tuple[int, int]:  # noqa: ARG002 (one after the other)
+        return convolutions.room(self.packed)
 
 
 def _like(x: Any, found: np.ndarray) -> Any:
@@ -105,7 +121,8 @@ def compile(lazy: LazyNetwork, batch: str = "per-example", threads: int = 1, dty
     """The lazy network as one call that computes only what each example's mask asks for, policy and decision included.
 
     Neurons are put in the order of their groups, so that a group is one contiguous panel of weights. Nothing of the
-    lazy network is changed.
+    lazy network is changed. Of a conv net the chosen filters are applied to the channels chosen below, example by
+    example.
 
     Arguments: `batch` how examples that come together are evaluated: "one" after the other; "per-example" each with its
     own mask, groups of weights read once for all examples that want them; "shared" under one mask, decided from their
@@ -115,7 +132,8 @@ def compile(lazy: LazyNetwork, batch: str = "per-example", threads: int = 1, dty
 
     The first compilation on a machine takes some seconds, which numba keeps. For a GPU see `gpu.compile_for_gpu`.
 
-    Raises UsageError for a decision that draws its bits, or a policy that is none (an oracle).
+    Raises UsageError for a decision that draws its bits, or a policy that is none (an oracle); for conv nets also with
+    a shared mask, rounded weights, or bits that switch more than one filter.
 
     >>> import torch
     >>> from condcomp_lib.lazy import LazyNetwork
@@ -131,6 +149,13 @@ def compile(lazy: LazyNetwork, batch: str = "per-example", threads: int = 1, dty
         raise unknown("batch", batch, BATCHES)
     if not isinstance(threads, int) or threads < 1:
         raise UsageError(f"threads must be a whole number of at least 1, not {threads}")
-    fast = FastLazy(pack.pack(pack.checked(lazy, batch), dtype), batch, threads)
+    lazy = pack.checked(lazy, batch)
+    if isinstance(lazy.target, ConvNet):
+        if (batch, dtype) not in (("one", "float32"), ("per-example", "float32")):
+            raise UsageError('a conv net is compiled with batch "one" or "per-example" (the same) and dtype "float32", '
+                             f'not with "{batch}" and "{dtype}"')  # fmt: skip
+        fast: FastLazy = FastFilters(convolutions.pack_filters(lazy), batch, threads)
+    else:
+        fast = FastLazy(pack.pack(lazy, dtype), batch, threads)
     fast(np.zeros((1, fast.inputs), np.float32))  # numba compiles or loads now, not at the first real call
     return fast

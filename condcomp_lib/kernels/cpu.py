@@ -1,64 +1,15 @@
 """The evaluation of a packed lazy network: one call, no allocation, only what the mask asks for."""
 
-from collections.abc import Callable
-from hashlib import sha256
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 
-from condcomp_lib import policies
-from condcomp_lib.files import cached
 from condcomp_lib.kernels import pack
 from condcomp_lib.kernels.layers import ALL, ALONE, DEPTH, Room, activate, product
-from condcomp_lib.kernels.products import compiled
+from condcomp_lib.kernels.products import compiled, decide, kept
 from condcomp_lib.kernels.tiles import LANES
 from condcomp_lib.policies import ALWAYS
 
 ROWS = 128  # examples at a time: what they need stays in the L2 and L3 caches
 FEW = 4  # examples that want a group, in the mean, from which on products beat lists of the neurons that are not zero
-
-
-@compiled
-def _highest(logits, count, scratch):  # type: ignore[no-untyped-def]
-    """The value that exactly `count` of the logits reach or exceed where none are equal (Hoare's selection)."""
-    scratch[:] = logits
-    low, high, wanted = 0, len(logits) - 1, count - 1
-    while low < high:
-        pivot, i, j = scratch[(low + high) // 2], low, high
-        while i <= j:
-            while scratch[i] > pivot:
-                i += 1
-            while scratch[j] < pivot:
-                j -= 1
-            if i <= j:
-                scratch[i], scratch[j] = scratch[j], scratch[i]
-                i, j = i + 1, j - 1
-        if wanted <= j:
-            high = j
-        elif wanted >= i:
-            low = i
-        else:
-            break
-    return scratch[wanted]
-
-
-@compiled
-def _decide(logits, bits, level, count, budgeted, always_on, scratch):  # type: ignore[no-untyped-def]
-    """Set the bits (uint8, groups) of one gate and example from its logits; as `policies.Threshold` and `Budget`."""
-    if not budgeted:
-        for group in range(len(logits)):
-            bits[group] = logits[group] > level
-    else:
-        least, left = _highest(logits, count, scratch), count
-        for group in range(len(logits)):
-            bits[group] = logits[group] > least
-            left -= bits[group]
-        for group in range(len(logits)):  # equal ones: the first
-            if left and logits[group] == least:
-                bits[group], left = 1, left - 1
-    if always_on:
-        bits[0] = 1
 
 
 @compiled
@@ -88,7 +39,7 @@ def _evaluate(x, first_row, n, weights, floats, meta, out, space, lists, bits, k
             for i in range(n):
                 logits = room.logits[i * meta[pack.LOGITS_ROW] : i * meta[pack.LOGITS_ROW] + groups]
                 if not known:
-                    _decide(logits, bits[own + i * row : own + i * row + groups], level, gate_meta[gate, pack.COUNT],
+                    decide(logits, bits[own + i * row : own + i * row + groups], level, gate_meta[gate, pack.COUNT],
                             meta[pack.BUDGETED], meta[pack.ALWAYS_ON], room.scratch)  # fmt: skip
                 if layer == 0:
                     invalid[i] = np.isnan(logits[groups - 1])
@@ -228,12 +179,4 @@ def room(packed: pack.Packed, n: int) -> tuple[int, int]:
     return n * row + groups, n * (entries + 3 * groups + 3) + 2 * groups + ALONE
 
 
-def _cached() -> Callable[..., Any]:
-    """`_run` compiled at its first call, or read from numba's cache where that can be written."""
-    # numba looks only at this file to tell whether what it keeps is out of date; the name tells it of the others.
-    sources = [*sorted(Path(__file__).parent.glob("*.py")), Path(policies.__file__)]
-    _run.__qualname__ = f"run_{sha256(b''.join(path.read_bytes() for path in sources)).hexdigest()[:12]}"
-    return cached(_run)
-
-
-run = _cached()
+run = kept(_run, "run")

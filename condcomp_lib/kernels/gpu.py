@@ -126,7 +126,7 @@ class GpuLazy:
     """
 
     def __init__(self, lazy: LazyNetwork, shared: bool, device: torch.device, kernels: tuple[Any, Any]) -> None:
-        self.device, self.inputs, self._groups = device, lazy.target.linears[0].in_features, lazy.partition.groups
+        self.device, self.inputs, self._groups = device, lazy.mlp.linears[0].in_features, lazy.partition.groups
         self._flag_groups, self._hidden_units = kernels
         self._tanh, self._rescaled = isinstance(lazy.target.activation, nn.Tanh), lazy.rescale == "activity"
         self._filled = lazy.fill is not None

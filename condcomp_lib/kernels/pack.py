@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from condcomp_lib.errors import UsageError, unknown
 from condcomp_lib.kernels.tiles import LANES, LINE
 from condcomp_lib.lazy import LazyNetwork, decided_by
+from condcomp_lib.partitions import Partition
 from condcomp_lib.policies import ALWAYS, Budget, Decision, Policy, Shared, Threshold, check_counts
 
 LEAST = 16  # neurons of a group, in the mean, from which on products with all of them beat lists of those not zero
@@ -54,7 +55,7 @@ class Packed:
         return int(self.meta[GATES] * self.meta[GROUPS])
 
 
-class _Buffer:
+class Buffer:
     """Arrays in one flat one, each from a whole vector on."""
 
     def __init__(self) -> None:
@@ -110,6 +111,14 @@ def checked(lazy: LazyNetwork, batch: str) -> LazyNetwork:
     return lazy
 
 
+def check_filters(partition: Partition) -> None:
+    """Raise UsageError unless every filter of a conv net has a bit of its own, in a mask for each layer."""
+    own = all(len(set(groups.tolist())) == len(groups) for groups in partition.membership)
+    if partition.scope != "layer" or not own:
+        raise UsageError('a compiled conv net switches single filters, by gates of scope "layer"; see '
+                         "`partitions.cut_into_blocks` with blocks of 1")  # fmt: skip
+
+
 def pack(lazy: LazyNetwork, dtype: str = "float32") -> Packed:
     """The lazy network's numbers, its weights as `dtype`.
 
@@ -117,7 +126,7 @@ def pack(lazy: LazyNetwork, dtype: str = "float32") -> Packed:
     """
     if dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
-    weights, floats = _Buffer(), _Buffer()
+    weights, floats = Buffer(), Buffer()
     head = np.zeros(HEAD, np.int64)
     order = tuple(torch.argsort(groups, stable=True).numpy() for groups in lazy.partition.membership)
     last, read = lazy.target.linears[-1], lazy.policy.gates[0].in_features
@@ -163,7 +172,7 @@ def _span(size: int, row: int, at: tuple[int, int] | None) -> np.ndarray:
 
 
 def _layers(
-    lazy: LazyNetwork, dtype: str, order: Sequence[np.ndarray], weights: _Buffer, floats: _Buffer
+    lazy: LazyNetwork, dtype: str, order: Sequence[np.ndarray], weights: Buffer, floats: Buffer
 ) -> tuple[np.ndarray, np.ndarray]:
     """The entries of `meta` for hidden layers and the spans of their groups, and of one more: bits that stand for the
     groups where skipped neurons are filled in. Their weights, biases and scales are added."""
@@ -193,7 +202,7 @@ def _layers(
 
 
 def _gates(
-    policy: Policy, decision: Decision, order: Sequence[np.ndarray], extra: int, floats: _Buffer
+    policy: Policy, decision: Decision, order: Sequence[np.ndarray], extra: int, floats: Buffer
 ) -> tuple[np.ndarray, list[np.ndarray]]:
     """The entries of `meta` for gates and the spans of their logits; their weights, biases and levels are added."""
     found, spans = np.zeros((len(policy.gates), GATE_FIELDS), np.int64), []

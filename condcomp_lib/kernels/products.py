@@ -1,11 +1,15 @@
-"""Products of listed examples with panels and lists, put together from the register tiles."""
+"""What evaluations are put together from: products of listed examples with panels and lists, made of the register
+tiles, and the decision of a mask."""
 
 from collections.abc import Callable
+from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import numba
 
-from condcomp_lib.files import inlined
+from condcomp_lib import policies
+from condcomp_lib.files import cached, inlined
 from condcomp_lib.kernels.tiles import LANES, LINE, STEPS, panel_tile, spread_tile
 
 compiled: Callable[..., Any] = numba.njit(nogil=True, error_model="numpy", boundscheck=False)
@@ -116,3 +120,53 @@ def spread(index, index_from, value, value_from, count, w, w_row, w_from, column
         _spread_2(index, index_from, value, value_from, padded, w, w_row, w_from, h, h_from)
     elif vectors == 1:
         _spread_1(index, index_from, value, value_from, padded, w, w_row, w_from, h, h_from)
+
+
+@compiled
+def _highest(logits, count, scratch):  # type: ignore[no-untyped-def]
+    """The value that exactly `count` of the logits reach or exceed where none are equal (Hoare's selection)."""
+    scratch[:] = logits
+    low, high, wanted = 0, len(logits) - 1, count - 1
+    while low < high:
+        pivot, i, j = scratch[(low + high) // 2], low, high
+        while i <= j:
+            while scratch[i] > pivot:
+                i += 1
+            while scratch[j] < pivot:
+                j -= 1
+            if i <= j:
+                scratch[i], scratch[j] = scratch[j], scratch[i]
+                i, j = i + 1, j - 1
+        if wanted <= j:
+            high = j
+        elif wanted >= i:
+            low = i
+        else:
+            break
+    return scratch[wanted]
+
+
+@compiled
+def decide(logits, bits, level, count, budgeted, always_on, scratch):  # type: ignore[no-untyped-def]
+    """Set the bits (uint8, groups) of one gate and example from its logits; as `policies.Threshold` and `Budget`."""
+    if not budgeted:
+        for group in range(len(logits)):
+            bits[group] = logits[group] > level
+    else:
+        least, left = _highest(logits, count, scratch), count
+        for group in range(len(logits)):
+            bits[group] = logits[group] > least
+            left -= bits[group]
+        for group in range(len(logits)):  # equal ones: the first
+            if left and logits[group] == least:
+                bits[group], left = 1, left - 1
+    if always_on:
+        bits[0] = 1
+
+
+def kept(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """A whole evaluation compiled at its first call, or read from numba's cache where that can be written."""
+    # numba looks only at the function's file to tell whether what it keeps is out of date; the name tells it of others.
+    sources = [*sorted(Path(__file__).parent.glob("*.py")), Path(policies.__file__)]
+    function.__qualname__ = f"{name}_{sha256(b''.join(path.read_bytes() for path in sources)).hexdigest()[:12]}"
+    return cached(function)

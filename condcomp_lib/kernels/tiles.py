@@ -118,6 +118,48 @@ def spread_tile(vectors: int, unroll: int) -> Any:
     return tile
 
 
+def filter_tile(filters: int, vectors: int) -> Any:
+    """h[i, j] = sum over k of w[filter_i + weight_k] x[channel_k + j] for `filters` filters i and `vectors` x LANES
+    neighbouring positions j.
+
+    Of the intrinsic's arguments, `x` and `w` (float32) are numbers and weights; `channel` and `weight` (int64) hold
+    `count` entries, at least one: where an input starts in x (from `x_from` on), and which weight of a filter it meets;
+    `filter` (int64) holds from `at` on where each filter's weights start; `h` (float32), rows of `h_row` numbers from
+    `h_from` on.
+    """
+
+    @intrinsic
+    def tile(typing, x, x_from, channel, weight, count, w, filter, at, h, h_row, h_from):  # type: ignore[no-untyped-def]  # noqa: ARG001
+        def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+            x, x_from, channel, weight, count, w, filter, at, h, h_row, h_from = _data(
+                context, builder, signature, args
+            )
+            x, filter, multiply_add = builder.gep(x, [x_from]), builder.gep(filter, [at]), _multiply_add(builder)
+            ws = [builder.gep(w, [builder.load(builder.gep(filter, [_LONG(i)]))]) for i in range(filters)]
+
+            def step(k: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
+                source = builder.gep(x, [builder.load(builder.gep(channel, [k]))])
+                met = builder.load(builder.gep(weight, [k]))
+                numbers = [_load(builder, source, _LONG(LANES * j)) for j in range(vectors)]
+                found = []
+                for i in range(filters):
+                    times = _everywhere(builder, builder.load(builder.gep(ws[i], [met])))
+                    for j, vector in enumerate(numbers, i * vectors):
+                        found.append(builder.call(multiply_add, [times, vector, sums[j]]))
+                return found
+
+            sums = _loop(builder, count, 1, [_ZERO] * (filters * vectors), step)
+            for i in range(filters):
+                row = builder.add(builder.mul(_LONG(i), h_row), h_from)
+                for j in range(vectors):
+                    _store(builder, [sums[i * vectors + j]], h, builder.add(row, _LONG(LANES * j)))
+            return context.get_dummy_value()
+
+        return types.void(x, x_from, channel, weight, count, w, filter, at, h, h_row, h_from), codegen
+
+    return tile
+
+
 def row_tile(kind: str) -> Any:
     """to[j] = a[j] x factor ("scaled"), max(a[j] + b[j], 0) x factor ("rectified"), or 0 ("cleared").
 

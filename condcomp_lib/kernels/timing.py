@@ -1,5 +1,6 @@
 """Timing side by side: the dense engines to beat, interleaved repeats, and what the machine can do at best."""
 
+import copy
 import importlib.util
 import shutil
 import time
@@ -13,21 +14,24 @@ import torch
 
 from condcomp_lib.kernels.pack import aligned
 from condcomp_lib.kernels.tiles import LANES, panel_tile
-from condcomp_lib.targets import MLP
+from condcomp_lib.targets import MLP, ConvNet
 
 Engine = Callable[[np.ndarray], Any]
 TURN_SECONDS = 0.02  # an engine's turn within a repeat, at least one call
 
 
 def dense_engines(
-    model: MLP, threads: int, names: Sequence[str] = ("eager", "compiled", "onnxruntime")
+    model: MLP | ConvNet, threads: int, names: Sequence[str] = ("eager", "compiled", "onnxruntime")
 ) -> tuple[dict[str, Engine], dict[str, str]]:
     """Ways to evaluate a dense network, each a function of inputs (float32, examples x features) as an array, with so
     many threads; and those that are not to be had here, with the reason.
 
     "eager" is PyTorch as it is, "compiled" `torch.compile`, "onnxruntime" ONNX Runtime's session on the processor.
+    The weights of a conv net are copied into the memory layout that PyTorch is fastest with.
     """
     torch.set_num_threads(threads)
+    if isinstance(model, ConvNet):
+        model = copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     found: dict[str, Engine] = {"eager": _eager(model)} if "eager" in names else {}
     skipped: dict[str, str] = {}
     if "compiled" in names:
@@ -51,31 +55,51 @@ def _eager(model: Callable[[torch.Tensor], torch.Tensor]) -> Engine:
     return evaluate
 
 
-def _onnxruntime(model: MLP, threads: int) -> Engine:
-    """The network as an ONNX graph of Gemm and Relu (or Tanh) nodes in a session of so many threads."""
+def _onnxruntime(model: MLP | ConvNet, threads: int) -> Engine:
+    """The network as an ONNX graph in a session of so many threads."""
     import onnx
     import onnxruntime
-    from onnx import TensorProto, helper, numpy_helper
+    from onnx import TensorProto, helper
 
-    nodes, weights, last = [], [], "x"
-    activation = "Tanh" if isinstance(model.activation, torch.nn.Tanh) else "Relu"
-    for number, linear in enumerate(model.linears):
-        for kind, tensor in (("w", linear.weight), ("b", linear.bias)):
-            weights.append(numpy_helper.from_array(tensor.detach().numpy(), f"{kind}{number}"))
-        nodes.append(helper.make_node("Gemm", [last, f"w{number}", f"b{number}"], [f"z{number}"], transB=1))
-        last = f"z{number}"
-        if number < len(model.hidden):
-            nodes.append(helper.make_node(activation, [last], [f"h{number}"]))
-            last = f"h{number}"
-    ends = (("x", model.linears[0].in_features), (last, model.linears[-1].out_features))
+    nodes, weights, last = _nodes(model)
+    ends = (("x", model.inputs), (last, model.linears[-1].out_features))
     x, scores = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", width]) for name, width in ends)
-    graph = helper.make_graph(nodes, "mlp", [x], [scores], weights)
+    graph = helper.make_graph(nodes, "network", [x], [scores], weights)
     made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     text = onnx.load_model_from_string(made.SerializeToString()).SerializeToString()
     session = onnxruntime.InferenceSession(text, options, providers=["CPUExecutionProvider"])
     return lambda x: session.run([last], {"x": x})[0]
+
+
+def _nodes(model: MLP | ConvNet) -> tuple[list[Any], list[Any], str]:
+    """Gemm, or Reshape, Conv and GlobalAveragePool, and Relu (or Tanh) nodes; their weights; the name of the scores."""
+    from onnx import helper, numpy_helper
+
+    nodes: list[Any] = []
+    weights: list[Any] = []
+    activation = "Tanh" if isinstance(model.activation, torch.nn.Tanh) else "Relu"
+
+    def then(kind: str, before: Sequence[str], name: str, **more: Any) -> str:
+        nodes.append(helper.make_node(kind, before, [name], **more))
+        return name
+
+    last = "x"
+    if isinstance(model, ConvNet):
+        weights.append(numpy_helper.from_array(np.array([-1, *model.shape]), "shape"))
+        last = then("Reshape", ["x", "shape"], "pictures")
+    for number, layer in enumerate(model.linears):
+        for name, tensor in (("w", layer.weight), ("b", layer.bias)):
+            weights.append(numpy_helper.from_array(tensor.detach().contiguous().numpy(), f"{name}{number}"))
+        filters = isinstance(layer, torch.nn.Conv2d)
+        if isinstance(model, ConvNet) and not filters:
+            last = then("Flatten", [then("GlobalAveragePool", [last], "means")], "read")
+        how = {"pads": [1] * 4, "strides": list(layer.stride)} if filters else {"transB": 1}
+        last = then("Conv" if filters else "Gemm", [last, f"w{number}", f"b{number}"], f"z{number}", **how)
+        if number < len(model.hidden):
+            last = then(activation, [last], f"h{number}")
+    return nodes, weights, last
 
 
 def interleaved(

@@ -105,7 +105,7 @@ def gumbel_scores(
     The mask of neuron i is sum_j yhat_ij M_j, so the scores have a gradient in the preferences; none in the policy.
     """
     h, masks, logits, decision = x, [], [], decision or lazy.decision
-    for index, layer in enumerate(lazy.target.linears[:-1]):
+    for index, layer in enumerate(lazy.mlp.linears[:-1]):
         if index < len(lazy.policy.gates):
             logits.append(lazy.policy.logits(index, h.detach()))
             masks.append(decision(logits[-1], index))

@@ -148,9 +148,7 @@ def measure(row: Mapping[str, Any], repeats: int, engines: Sequence[str] = ENGIN
     mask = torch.cat(masks)
     cost, widths = lazy.cost(mask), (fast.inputs, *lazy.target.hidden, fast.classes)
     found, skipped = dense_engines(widths, row["threads"], tuple(engines))
-    control = MLP(
-        widths[0], (control_width(lazy.target, cost.total_multiply_adds),) * len(lazy.target.hidden), widths[-1]
-    )
+    control = MLP(widths[0], (control_width(lazy.mlp, cost.total_multiply_adds),) * len(lazy.target.hidden), widths[-1])
     smaller, _ = timing.dense_engines(control, row["threads"], [name for name in found if name != "compiled"])
     full = np.ones((row["batch"], fast.packed.bits), bool)
     calls: dict[str, Callable[[np.ndarray], object]] = {

@@ -15,6 +15,7 @@ from condcomp_lib import studies
 from condcomp_lib.datasets import Dataset
 from condcomp_lib.joint_training import activity_by_layer, joint_plan, joint_spec, obtain_jointly
 from condcomp_lib.lazy import LazyNetwork, evaluate
+from condcomp_lib.policy_training import scores_of
 from condcomp_lib.runs import Outcome, RunSpec, RunStore
 from condcomp_lib.studies import joint_results
 from condcomp_lib.studies.joint_results import CORRECTED, DENSE, DROPPED, OURS, PAPER, SHARED
@@ -160,7 +161,7 @@ def network_spec(settings: Mapping[str, Any]) -> RunSpec:
 
 def control_spec(settings: Mapping[str, Any], lazy: LazyNetwork, adds: float) -> RunSpec:
     """The run that trains the dense net of equal compute, as long, on pictures moved as much."""
-    width, training = control_width(lazy.target, adds), settings["training"]
+    width, training = control_width(lazy.mlp, adds), settings["training"]
     kept = {key: training[key] for key in ("epochs", "batch", "augment", "network_rate") if key in training}
     architecture = "-".join([str(width)] * len(lazy.target.hidden))
     kind, method, plan = dense_row(settings["dataset"], architecture, **kept)
@@ -200,7 +201,7 @@ def tested(lazy: LazyNetwork, data: Dataset, dense: bool) -> tuple[dict[str, Any
     x = torch.from_numpy(data.test.x)
     if dense:
         mask = torch.ones(len(x), lazy.partition.bits, dtype=torch.bool)
-        scores, adds = lazy.target(x), lazy.target_cost().total_multiply_adds
+        scores, adds = scores_of(lazy.target, x), lazy.target_cost().total_multiply_adds
         activity, compute = [1.0] * len(lazy.target.hidden), 1.0
     else:
         found = evaluate(lazy, x)

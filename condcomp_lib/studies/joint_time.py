@@ -80,10 +80,11 @@ def fast_pass(lazy: LazyNetwork, mask: Tensor, x: np.ndarray, batch: str, size: 
     were drawn in the test (`mask`), policies are evaluated all the same."""
     drawn = isinstance(lazy.decision, Sample)
     fast = kernels.compile(decided_by(lazy, Threshold.at(0.5, lazy.policy)) if drawn else lazy, batch)
-    runs = [np.ascontiguousarray(x[i : i + size]) for i in range(0, TIMED, size)]
+    starts = range(0, TIMED - TIMED % size, size)
+    runs = [np.ascontiguousarray(x[i : i + size]) for i in starts]
     if not drawn:
         return lambda run: fast(runs[run])
-    masks = [mask[i : i + size].numpy() for i in range(0, TIMED, size)]
+    masks = [mask[i : i + size].numpy() for i in starts]
     return lambda run: fast.evaluate(runs[run], masks[run])
 
 
@@ -91,7 +92,7 @@ def passes(lazy: LazyNetwork, data: Dataset, mask: Tensor, batch: str, size: int
     """Microseconds an example: compiled, computed densely and then masked (in PyTorch, as the paper compares), and the
     dense network by its engines; with the ratios of the same turn."""
     x = data.test.x
-    runs = [np.ascontiguousarray(x[i : i + size]) for i in range(0, TIMED, size)]
+    runs = [np.ascontiguousarray(x[i : i + size]) for i in range(0, TIMED - TIMED % size, size)]
     engines, _ = timing.dense_engines(lazy.target, 1, ENGINES)
     # `interleaved` hands on arrays, so the number of the run travels as one.
     numbered = [np.array(run) for run in range(len(runs))]

@@ -51,7 +51,7 @@ def compute(spec: RunSpec, artefacts: RunStore) -> Outcome:
     lazy, trained = policies.untrained(settings, data, artefacts)
     train_policy(lazy, data, settings, torch.Generator().manual_seed(settings["policy_seed"]))
     x, y = (torch.from_numpy(part[: settings["test_examples"]]) for part in (data.test.x, data.test.y))
-    oracle = Oracle(lazy.target, lazy.partition, lazy.policy.pool)
+    oracle = Oracle(lazy.mlp, lazy.partition, lazy.policy.pool)
     budget = Budget.of(settings["rates"], lazy.partition, lazy.policy)
     search = MaskSearch(lazy, budget.counts)
     knowing = LazyNetwork(lazy.target, lazy.partition, oracle, budget, lazy.rescale)
