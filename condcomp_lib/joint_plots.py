@@ -1,6 +1,7 @@
 """Figures of joint training: policies as pictures, errors against compute, searches, sweeps (rules as in `plots`)."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -64,6 +65,23 @@ def errors(points: Mapping[str, np.ndarray], ax: Axes | None = None) -> Axes:
     ticks = [digit * 10**power for power in range(3, 8) for digit in (1, 2, 5) if low <= digit * 10**power <= high]
     ax.set_xticks(ticks, [f"{tick // 10**6}M" if tick >= 10**6 else f"{tick // 1000}k" for tick in ticks])
     ax.xaxis.minorticks_off()
+    return ax
+
+
+def traded(points: Mapping[str, np.ndarray], ax: Axes | None = None) -> Axes:
+    """Every run of conditional nets, (share of the dense net's time, error): dense nets as grey crosses, what was
+    published as black diamonds; lower left is better."""
+    ax = ax or plt.subplots()[1]
+    own: dict[str, dict[str, Any]] = {
+        "dense": {"marker": "x", "color": GREY},
+        "published": {"marker": "D", "color": "black", "markersize": 4},
+    }
+    colours = iter(COLOURS)
+    for name, found in points.items():
+        look = own.get(name) or {"marker": "o", "color": next(colours), "alpha": 0.8}
+        ax.plot(found[:, 0], found[:, 1], **{"linestyle": "", "markersize": 5, **look}, label=name)
+    ax.axvline(1, color=GREY, linewidth=0.8, linestyle=":")
+    ax.set(xlabel="time / dense net's", ylabel="test error (%)", xlim=(0, None))
     return ax
 
 

@@ -42,6 +42,8 @@ NAMES = (
     "joint-switches",
     "joint-first",
     "joint-time",
+    "conv",
+    "conv-time",
 )
 
 NOISE = "noise"  # stands for a data set where runs only measure time: standard normal numbers

@@ -173,7 +173,7 @@ def compute(spec: RunSpec, artefacts: RunStore) -> Outcome:
     dense net of equal compute where the run asks for it."""
     settings = spec.settings
     data = studies.dataset(settings["dataset"])
-    lazy, result, mask, cited = trained(settings, data, artefacts)
+    lazy, result, mask, cited = trained(network_spec(settings), data, artefacts)
     if settings["control"]:
         control, equal = obtain_jointly(control_spec(settings, lazy, result["multiply_adds"]), data, artefacts)
         result["control_width"] = control.target.hidden[0]
@@ -185,12 +185,13 @@ def compute(spec: RunSpec, artefacts: RunStore) -> Outcome:
 
 
 def trained(
-    settings: Mapping[str, Any], data: Dataset, artefacts: RunStore
+    spec: RunSpec, data: Dataset, artefacts: RunStore
 ) -> tuple[LazyNetwork, dict[str, Any], torch.Tensor, dict[str, Any]]:
-    """The network of a run with these settings, trained or fetched; what it is on test data and was in training; its
-    masks on test data (bool, examples x bits); and what the run cites."""
-    lazy, record = obtain_jointly(network_spec(settings), data, artefacts)
-    result, mask = tested(lazy, data, dense=settings["method"] == DENSE)
+    """The network of `joint_spec`, trained or fetched; what it is on test data and was in training; its masks on test
+    data (bool, examples x bits); and what the run cites."""
+    lazy, record = obtain_jointly(spec, data, artefacts)
+    dense = spec.settings["estimator"] == "dense" and not spec.settings["joint"]["uniform"]
+    result, mask = tested(lazy, data, dense)
     result["curve"] = {key: record.result[key] for key in ("accuracy", "activity", "entropy", "epoch")}
     return lazy, result, mask, {"network": record.cite()}
 

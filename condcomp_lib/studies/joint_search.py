@@ -78,7 +78,7 @@ def compute(spec: RunSpec, artefacts: RunStore) -> Outcome:
     engine)."""
     settings = spec.settings
     data = studies.dataset(settings["dataset"])
-    lazy, result, mask, cited = joint.trained(settings, data, artefacts)
+    lazy, result, mask, cited = joint.trained(joint.network_spec(settings), data, artefacts)
     shown = None if settings["method"] == DENSE else mask
     result["us"] = joint_time.pass_us(lazy, data, shown, settings["repeats"])
     return Outcome(result, None, {"note": data.note, "checksum": data.checksum}, cited)

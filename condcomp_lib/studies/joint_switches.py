@@ -78,7 +78,7 @@ def compute(spec: RunSpec, artefacts: RunStore) -> Outcome:
     """Train one network its way and test it."""
     settings = spec.settings
     data = studies.dataset(settings["dataset"])
-    _, result, _, cited = joint.trained(settings, data, artefacts)
+    _, result, _, cited = joint.trained(joint.network_spec(settings), data, artefacts)
     return Outcome(result, None, {"note": data.note, "checksum": data.checksum}, cited)
 
 

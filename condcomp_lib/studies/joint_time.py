@@ -69,7 +69,7 @@ def compute(spec: RunSpec, artefacts: RunStore) -> Outcome:
     used = {"note": data.note, "checksum": data.checksum}
     if settings["part"] == STEP:
         return Outcome({**steps(settings, data), **on_this_machine()}, None, used)
-    lazy, result, mask, cited = joint.trained(settings, data, artefacts)
+    lazy, result, mask, cited = joint.trained(joint.network_spec(settings), data, artefacts)
     for batch, size in (("one", 1), ("per-example", BATCH)):
         result[batch] = passes(lazy, data, mask, batch, size, settings["repeats"])
     return Outcome({**result, **on_this_machine()}, None, used, cited)
