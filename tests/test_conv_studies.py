@@ -1,12 +1,18 @@
 """The studies of convolutional policies: run tables, one computed run of each, what is made of records."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 from condcomp_lib import published, studies
+from condcomp_lib.lazy import LazyNetwork
+from condcomp_lib.partitions import cut_into_blocks
+from condcomp_lib.policies import Policy, Threshold
 from condcomp_lib.runs import RunSpec, RunStore
 from condcomp_lib.studies import conv, conv_results, conv_time
 from condcomp_lib.studies.conv_results import DENSE, LONGER, OURS, PAPER
+from condcomp_lib.targets import build_target
 
 
 @pytest.fixture
@@ -47,6 +53,22 @@ def test_a_conditional_net_is_tested_and_pictured(store):
     assert found.arrays["set"].shape == (10, filters)
     assert np.mean(found.arrays["set"]) == pytest.approx(found.result["activity"], abs=0.05)
     assert 0 < found.result["compute"] < 1
+    narrow = found.result["control_filters"]
+    assert all(0 < own < full for own, full in zip(narrow, conv_results.hidden_widths("conv 16-32/2"), strict=True))
+    assert 0 < found.result["control_error"] < 1
+
+
+def test_the_control_spends_as_many_multiply_adds_over_as_many_epochs():
+    settings = next(spec.settings for spec in conv.specs("paper") if spec.settings["method"] == OURS)
+    data = SimpleNamespace(shape=(3, 32, 32), classes=10)
+    spec = conv.control_spec(settings, 3e6, data).settings
+    control = build_target(spec["architecture"], (3, 32, 32), 10)
+    adds = LazyNetwork(control, cut_into_blocks(control.hidden, 1), Policy(cut_into_blocks(control.hidden, 1), 3),
+                       Threshold((0.0,) * 4)).target_cost().total_multiply_adds  # fmt: skip
+    assert adds == pytest.approx(3e6, rel=0.05)
+    assert (control.strides, spec["estimator"]) == (build_target(conv.DEEP, (3, 32, 32), 10).strides, "dense")
+    assert spec["max_epochs"] == conv.EPOCHS["cifar10"] + conv.MORE["cifar10"]
+    assert spec["joint"]["network_rate"] == conv.ALONE["network_rate"]
 
 
 def test_a_pass_is_timed_beside_dense_engines_at_both_batches(store):
@@ -65,6 +87,7 @@ class Known:
                     "target_seed": seed, "policy_seed": seed}  # fmt: skip
         self.spec = RunSpec("conv", 1, settings)
         self.result = {"error": error, "activity": tau, "activity_by_layer": [tau] * 4, "compute": tau**2,
+                       "control_error": error + 0.01,
                        **{batch: {"over_dense": list(over)} for batch in conv_time.BATCHES}}  # fmt: skip
 
 

@@ -4,6 +4,7 @@ Every row of the slides' table trained their way, from the start and from a trai
 dense nets that learn at least as long; on CIFAR-10 and SVHN.
 """
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,11 +12,13 @@ import numpy as np
 import torch
 
 from condcomp_lib import studies
-from condcomp_lib.joint_training import joint_plan, joint_spec
+from condcomp_lib.datasets import Dataset
+from condcomp_lib.joint_training import joint_plan, joint_spec, obtain_jointly
 from condcomp_lib.lazy import LazyNetwork
 from condcomp_lib.runs import Outcome, RunSpec, RunStore
 from condcomp_lib.studies import conv_results, joint
 from condcomp_lib.studies.conv_results import AFTER, DENSE, JOINT, LONGER, OURS, PAPER
+from condcomp_lib.targets import build_target, hidden_widths
 
 RECIPE = 1
 SEEDS = {"quick": 1, "paper": 2}
@@ -89,10 +92,38 @@ def compute(spec: RunSpec, artefacts: RunStore) -> Outcome:
     settings = spec.settings
     data = studies.dataset(settings["dataset"])
     lazy, result, mask, cited = joint.trained(network_spec(settings), data, artefacts)
+    if settings["method"] == OURS:
+        smaller = control_spec(settings, result["multiply_adds"], data)
+        control, equal = obtain_jointly(smaller, data, artefacts)
+        result["control_error"] = joint.tested(control, data, dense=True)[0]["error"]
+        result["control_filters"], cited["control"] = list(control.target.hidden), equal.cite()
     arrays = None
     if settings["target_seed"] == 0 and settings["method"] == OURS:
         arrays = {"set": used_by_class(lazy, mask, data.test.y, data.classes)}
     return Outcome(result, arrays, {"note": data.note, "checksum": data.checksum}, cited)
+
+
+def control_spec(settings: Mapping[str, Any], adds: float, data: Dataset) -> RunSpec:
+    """The run that trains a dense net of `adds` multiply-adds, all layers narrower by the same factor, for as many
+    epochs as the conditional one and the net that it began with."""
+    marks = [part[len(part.removesuffix("/2")) :] for part in settings["architecture"].split("-")]
+    full = hidden_widths(settings["architecture"])
+
+    def narrowed(factor: float) -> str:
+        widths = [max(1, round(factor * width)) for width in full]
+        return "conv " + "-".join(f"{width}{mark}" for width, mark in zip(widths, marks, strict=True))
+
+    def off(factor: float) -> float:
+        target = build_target(narrowed(factor), data.shape, data.classes)
+        sides = itertools.pairwise([*target.reads, target.hidden[-1], data.classes])
+        spent = sum(a * b * products for (a, b), products in zip(sides, target.products, strict=True))
+        return abs(spent + target.hidden[-1] * target.positions[-1] - adds)
+
+    best = min((step / 200 for step in range(1, 301)), key=off)
+    training = {**settings["training"], **settings["network"]["trained"]}
+    epochs = settings["training"]["epochs"] + settings["network"]["trained"]["epochs"]
+    alone = {key: training[key] for key in (*ALONE, "batch", "augment") if key in training}
+    return joint_spec(settings["dataset"], narrowed(best), 1, seed=settings["target_seed"], **alone, epochs=epochs)
 
 
 def used_by_class(lazy: LazyNetwork, mask: torch.Tensor, y: np.ndarray, classes: int) -> np.ndarray:

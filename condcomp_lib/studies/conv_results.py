@@ -11,7 +11,7 @@ from condcomp_lib.claims import Claim, judge
 from condcomp_lib.published import Answer
 from condcomp_lib.runs import Record
 from condcomp_lib.stats import Interval
-from condcomp_lib.studies.joint_results import DATA, NOTEBOOK, active, by_layer, error
+from condcomp_lib.studies.joint_results import DATA, NOTEBOOK, active, by_layer, control_error, error
 from condcomp_lib.studies.lazy_results import gains, over_runs
 from condcomp_lib.targets import hidden_widths
 
@@ -84,6 +84,7 @@ def table(records: Sequence[Record], timed: Sequence[Record]) -> list[dict[str, 
                 "published error, %": f"{100 * theirs:.1f}" if theirs else "",
                 "error, %": over_runs(group, error).format(1),
                 "more than dense, points": worse.format(1) if worse else "",
+                "dense of equal compute, %": over_runs(group, control_error).format(1) if key[3] == OURS else "",
                 "active, %": over_runs(group, active).format(0) if conditional else "",
                 "by layer": " / ".join(f"{100 * share:.0f}" for share in by_layer(group)) if conditional else "",
                 "compute": over_runs(group, lambda r: r["compute"]).format(2) if conditional else "",
@@ -149,6 +150,9 @@ def claims(records: Sequence[Record]) -> list[Claim]:
         assert worse is not None
         statement = f"{name_of(key)}: at most {WORSE:g} points more wrong than the dense net"
         found.append(judge(f"{claim_id(key)}.error", id_of(key) or "slides", statement, worse, below=WORSE))
+        gain = over_runs(group, lambda r: control_error(r) - error(r))
+        statement = f"{name_of(key)}: fewer errors (in points) than the dense net of equal compute"
+        found.append(judge(f"{claim_id(key)}.control", "ours", statement, gain, above=0.0))
     return found
 
 
