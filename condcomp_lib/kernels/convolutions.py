@@ -98,19 +98,21 @@ def _filtered(positions, chosen, count, below, read, weights, layer, x, channel,
             entries += 1
     for i in range(count + FILTERS_AT_ONCE - 1):  # a tile that is not full takes its last filter several times
         starts[i] = layer[W_AT] + chosen[min(i, count - 1)] * layer[BELOW] * TAPS
-    for i in range(0, count, FILTERS_AT_ONCE):
-        at = 0
-        while at < positions:
-            to, left = i * sums_row + at, positions - at
-            if left > 2 * LANES:
-                _tile_3(x, at, channel, weight, entries, weights, starts, i, sums, sums_row, to)
-                at += 3 * LANES
-            elif left > LANES:
-                _tile_2(x, at, channel, weight, entries, weights, starts, i, sums, sums_row, to)
-                at += 2 * LANES
-            else:
-                _tile_1(x, at, channel, weight, entries, weights, starts, i, sums, sums_row, to)
-                at += LANES
+    at = 0
+    while at < positions:  # the part of the pictures that a turn reads stays in the L1 cache
+        left = positions - at
+        if left > 2 * LANES:
+            for i in range(0, count, FILTERS_AT_ONCE):
+                _tile_3(x, at, channel, weight, entries, weights, starts, i, sums, sums_row, i * sums_row + at)
+            at += 3 * LANES
+        elif left > LANES:
+            for i in range(0, count, FILTERS_AT_ONCE):
+                _tile_2(x, at, channel, weight, entries, weights, starts, i, sums, sums_row, i * sums_row + at)
+            at += 2 * LANES
+        else:
+            for i in range(0, count, FILTERS_AT_ONCE):
+                _tile_1(x, at, channel, weight, entries, weights, starts, i, sums, sums_row, i * sums_row + at)
+            at += LANES
 
 
 @summing
