@@ -226,11 +226,13 @@ plt.show()
 # %%
 gates = {way: record.arrays()["gate"] for way, record in blocks.items()}
 high = -(-len(gates[joint_results.OURS]) // 8)
-fig, axes = plt.subplots(2 * high, 8, figsize=(8, 1.9 * high))
+fig, axes = plt.subplots(2 * high, 8, figsize=(8, 2.1 * high))
 for way, part in zip(blocks, (axes[:high], axes[high:]), strict=True):
     joint_plots.weights(gates[way], part.ravel())
     place = {"transform": part[0, 0].transAxes, "rotation": 90, "ha": "right", "va": "center"}
-    part[0, 0].text(-0.15, 0.5 if high == 1 else -0.1, way, **place)
+    label = part[0, 0].text(-0.15, 0.5 if high == 1 else -0.1, way, **place)
+    label.set_in_layout(False)  # else it pushes the rows apart
+fig.get_layout_engine().set(rect=(0.04, 0, 0.96, 1))
 plots.save_figure(fig, "joint_gates", records, profile)
 plt.show()
 
