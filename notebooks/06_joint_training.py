@@ -360,9 +360,15 @@ judged = claims.check_verdicts(
     ],
     profile,
 )
-claim_table = tables.frame(tables.claim_rows(judged))
+columns = ["claim", "source", "found", "holds if", "verdict"]
+claim_table = (
+    tables.markdown(tables.frame(tables.claim_rows(judged))[columns]) if judged else ""
+)
 display(
-    Markdown(tables.markdown(claim_table[["claim", "source", "found", "holds if", "verdict"]]))
+    Markdown(
+        claim_table
+        or "One small run of each says nothing: claims are judged in the paper profile."
+    )
 )
 
 # %% [markdown]
