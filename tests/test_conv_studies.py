@@ -67,7 +67,7 @@ def test_the_control_spends_as_many_multiply_adds_over_as_many_epochs():
                        Threshold((0.0,) * 4)).target_cost().total_multiply_adds  # fmt: skip
     assert adds == pytest.approx(3e6, rel=0.05)
     assert (control.strides, spec["estimator"]) == (build_target(conv.DEEP, (3, 32, 32), 10).strides, "dense")
-    assert spec["max_epochs"] == conv.EPOCHS["cifar10"] + conv.MORE["cifar10"]
+    assert spec["max_epochs"] == conv.DENSE_EPOCHS["cifar10"] + conv.MORE["cifar10"]
     assert spec["joint"]["network_rate"] == conv.ALONE["network_rate"]
 
 
