@@ -12,6 +12,7 @@ from condcomp_lib.studies import (
     block_results,
     blocks_accuracy,
     coactivation_results,
+    conv_results,
     joint_first,
     joint_results,
     lazy_results,
@@ -71,6 +72,7 @@ def blocks() -> dict[str, str]:
     cost = studies.records("pretraining-cost", "paper", partial=True)
     together = studies.records("coactivation", "paper", partial=True)
     joint, first = (studies.records(name, "paper", partial=True) for name in ("joint", "joint-first"))
+    filters, filters_timed = (studies.records(name, "paper", partial=True) for name in ("conv", "conv-time"))
     answered = sum(row["ours"] != "not yet" for row in rows)
     times = json.loads((paths.root() / "data" / "timings.json").read_text(encoding="utf-8"))
     return {
@@ -85,6 +87,7 @@ def blocks() -> dict[str, str]:
         "trained": tables.markdown(tables.frame(blocks_accuracy.table(traded, blocks_accuracy.rivals(traded)), 3)),
         "joint": tables.markdown(tables.frame(joint_results.brief(joint))),
         "first": tables.markdown(tables.frame(joint_first.table(first, joint))),
+        "conv": tables.markdown(tables.frame(conv_results.brief(filters, filters_timed))),
         "items": tables.markdown(pd.DataFrame(studies.items())),
         "answered": (
             f"**How far it is**: notebooks so far: {', '.join(reproduce.names())}; {answered} of {len(rows)} published "

@@ -97,6 +97,16 @@ def table(records: Sequence[Record], timed: Sequence[Record]) -> list[dict[str, 
     return found
 
 
+BRIEF = ("data", "layers", "tau", "trained", "published error, %", "error, %", "more than dense, points",
+         "dense of equal compute, %", "time / dense, batch 1", "batch 64")  # fmt: skip
+
+
+def brief(records: Sequence[Record], timed: Sequence[Record]) -> list[dict[str, Any]]:
+    """The rows of `table` for dense nets and for the slides' networks, without what only the notebook needs."""
+    shown = [row for row in table(records, timed) if row["trained"] in (DENSE, PAPER, OURS)]
+    return [{name: row[name] for name in BRIEF} for row in shown]
+
+
 def traded(records: Sequence[Record], timed: Sequence[Record], dataset: str, batch: str) -> dict[str, np.ndarray]:
     """For the figure: (share of the dense net's time, error in %) of every timed run by the way it was trained; the
     dense nets of the deeper architecture, which take 1; and on CIFAR-10 the slides' points."""
