@@ -89,9 +89,11 @@ def joint_plan(
             raise UsageError(f"{name} must leave some of the {settings['max_epochs']} epochs, not be {epochs}")
     if kl and anneal:
         raise UsageError("anneal changes the activity that L_b and L_e ask for; a divergence has one base rate, tau")
-    for name in ("finetune", "warm_start", "distil"):
+    for name in ("finetune", "warm_start"):
         if settings.get(name):
             raise UsageError(f"{name} is for a trained target; here the network learns from the start")
+    if settings.get("distil") and reinforce:
+        raise UsageError("distil goes with estimators that follow the cost's own gradient, not with 'reinforce'")
     own = {"network_rate": network_rate, "l2": l2, "dense_epochs": dense_epochs, "anneal": anneal, "kl": kl,
            "to_go": to_go, "shared": shared, "uniform": uniform, "keep": keep, "sampled": sampled}  # fmt: skip
     return {**settings, "joint": own}
@@ -178,15 +180,15 @@ class JointTraining(PolicyTraining):
         elif self.by_gate:
             loss = self._reinforced(x, y)
         else:
-            loss = self._estimated(x, y)
+            loss = self._estimated(x, y, self.taught(rows, x))
         return loss + self._decay()
 
-    def _estimated(self, x: Tensor, y: Tensor) -> Tensor:
+    def _estimated(self, x: Tensor, y: Tensor, wanted: Tensor | None) -> Tensor:
         """The estimator's loss, and for estimators that leave the network as it is the mean cost for its weights."""
         tuning = self.settings["estimator"] in TUNING
-        minibatch = Minibatch(self.lazy, x, lambda found: self.cost(found, y, None), None, through=tuning)
+        minibatch = Minibatch(self.lazy, x, lambda found: self.cost(found, y, wanted), None, through=tuning)
         found = self.estimator(minibatch, self.drawing)
-        loss = found.loss if tuning else found.loss + self.cost(found.found, y, None).mean()
+        loss = found.loss if tuning else found.loss + self.cost(found.found, y, wanted).mean()
         return loss + self.sparsity(found.found)
 
     def _reinforced(self, x: Tensor, y: Tensor) -> Tensor:
@@ -300,6 +302,8 @@ def joint_spec(
     (as for `joint_plan`, estimator "dense"; None: not at all); `training` as for `joint_plan`.
     """
     cut_into_blocks(hidden_widths(architecture), block)
+    if training.get("distil") and not trained:
+        raise UsageError("distil has the network as it was trained alone for its teacher: say by `trained` how")
     more = {"pool": pool, "limits": limits and list(limits), "trained": trained and joint_plan(**trained)}
     settings = {"dataset": dataset, "architecture": architecture, "block": block, "seed": seed, "start": start,
                 "glorot": glorot, "always_on": always_on, **{name: own for name, own in more.items() if own},

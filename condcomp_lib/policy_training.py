@@ -180,11 +180,18 @@ class PolicyTraining:
     def loss(self, rows: Tensor) -> Tensor:
         x, y = self.pictures(rows), self.y[rows]
         known = None if self.first is None else self.first[rows]
-        wanted = self.wanted[rows] if self.wanted is not None else self.teacher(x) if self.teacher is not None else None
+        wanted = self.taught(rows, x)
         found = self.estimator(Minibatch(self.lazy, x, lambda found: self.cost(found, y, wanted), known), self.drawing)
         if self.settings["estimator"] in (*SUPERVISED, "dense"):
             return found.loss
         return found.loss + self.sparsity(found.found)
+
+    def taught(self, rows: Tensor, x: Tensor) -> Tensor | None:
+        """The teacher's scores of the examples with these numbers, whose pictures are `x`; None without a teacher."""
+        if self.wanted is not None:
+            return self.wanted[rows]
+        with torch.no_grad():
+            return None if self.teacher is None else self.teacher(x)
 
     def pictures(self, rows: Tensor) -> Tensor:
         """The examples with these numbers, moved where the settings say so."""

@@ -246,6 +246,20 @@ def test_training_that_starts_from_a_trained_net_starts_from_its_weights(tmp_pat
         torch.testing.assert_close(old, new)
 
 
+def test_a_teacher_is_the_network_as_it_was_trained_alone(tmp_path):
+    data, store = datasets.load("digits"), RunStore(tmp_path)
+    alone = {"estimator": "dense", "epochs": 2, "batch": 32}
+    how = {"estimator": "threshold-through", "rates": [1.0], "tau": 1.0, "lambda_s": 0.0, "epochs": 1, "batch": 32}
+    with pytest.raises(UsageError, match="has the network as it was trained alone for its teacher"):
+        joint_spec("digits", "conv 6", 1, seed=0, distil=1.0, **how)
+    spec = joint_spec("digits", "conv 6", 1, seed=0, trained=alone, distil=1.0, labels=0.0, **how)
+    lazy, _ = obtain_jointly(spec, data, store)
+    teacher, _ = obtain_jointly(joint_spec("digits", "conv 6", 1, seed=0, **alone), data, store)
+    x = torch.from_numpy(data.test.x)
+    # With every filter on and no labels there is nothing to learn but what it knows.
+    torch.testing.assert_close(evaluate(lazy, x).scores, teacher.target(x), rtol=0.1, atol=0.1)
+
+
 def test_calibrated_filters_meet_the_asked_activity():
     lazy = lazy_conv((3, 9, 9), (12, 16))
     x = images(lazy, 300)

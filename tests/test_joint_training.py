@@ -499,7 +499,7 @@ def test_a_batch_of_one_needs_a_baseline_that_allows_it(data):
         ({"options": {"noise": -1.0}, "estimator": "budget-through"},
          "the noise's scale must be a number of at least 0, not -1.0"),
         ({"keep": "first"}, "unknown epoch to keep 'first'; known: best, last"),
-        ({"distil": 0.5}, "distil is for a trained target; here the network learns from the start"),
+        ({"distil": 0.5}, "distil goes with estimators that follow the cost's own gradient, not with 'reinforce'"),
         ({"kl": "cost", "anneal": 1},
          "anneal changes the activity that L_b and L_e ask for; a divergence has one base rate, tau"),
         ({"warm_start": 1, "estimator": "straight-through"},
