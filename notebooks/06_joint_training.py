@@ -231,10 +231,8 @@ high = -(-len(gates[joint_results.OURS]) // 8)
 fig, axes = plt.subplots(2 * high, 8, figsize=(8, 2.1 * high))
 for way, part in zip(blocks, (axes[:high], axes[high:]), strict=True):
     joint_plots.weights(gates[way], part.ravel())
-    place = {"transform": part[0, 0].transAxes, "rotation": 90, "ha": "right", "va": "center"}
-    label = part[0, 0].text(-0.15, 0.5 if high == 1 else -0.1, way, **place)
-    label.set_in_layout(False)  # else it pushes the rows apart
-fig.get_layout_engine().set(rect=(0.04, 0, 0.96, 1))
+    part[0, 0].set_title("")
+    part[0, 0].set_title(f"{way}: 0", loc="left", fontsize=8, pad=2)
 plots.save_figure(fig, "joint_gates", records, profile)
 plt.show()
 
