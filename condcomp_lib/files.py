@@ -79,16 +79,17 @@ def store_error(path: Path, error: OSError) -> StoreError:
     return StoreError(f"cannot use {path}: {error.strerror or error}; {remedy}")
 
 
-def cached(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` compiled by numba at its first call, and kept in numba's cache where that can be written."""
+def cached(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """`function` compiled by numba with these options at its first call, and kept in numba's cache where that can be
+    written."""
     import numba
 
     try:
-        return numba.njit(nogil=True, error_model="numpy", cache=True)(function)
+        return numba.njit(nogil=True, error_model="numpy", cache=True, **options)(function)
     except RuntimeError as error:
         warnings.warn(f"numba's cache cannot be written ({error}): kernels are compiled anew in every process; set "
                       "NUMBA_CACHE_DIR to a folder that can be", stacklevel=2)  # fmt: skip
-        return numba.njit(nogil=True, error_model="numpy")(function)
+        return numba.njit(nogil=True, error_model="numpy", **options)(function)
 
 
 def inlined(function: Callable[..., Any]) -> Callable[..., Any]:

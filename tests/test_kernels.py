@@ -18,9 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from condcomp_lib.errors import UsageError
-from condcomp_lib.kernels import BATCHES, compile, cpu, products, timing
+from condcomp_lib.kernels import BATCHES, compile, cpu, layers, products, timing
 from condcomp_lib.kernels.pack import DTYPES
-from condcomp_lib.kernels.tiles import AHEAD, LANES, panel_tile, row_tile, spread_tile
+from condcomp_lib.kernels.tiles import AHEAD, LANES, dot_tile, panel_tile, row_tile, spread_tile
 from condcomp_lib.lazy import LazyNetwork, compensated, decided_by
 from condcomp_lib.oracle import Oracle
 from condcomp_lib.partitions import SCOPES, Partition, make_partition
@@ -158,6 +158,25 @@ def test_wide_layers_are_evaluated_as_narrow_ones(width, hidden, activation, dty
     assert_close(scores, under(filled, x, mask).scores, {"float32": 1e-4, "bfloat16": 0.02, "int8": 0.05}[dtype])
 
 
+WAYS = [(1, 0.3, layers.LISTS), (128, 0.25, layers.PAIRS), (40, 0.9, layers.DOTS), (128, 1.0, layers.DOTS)]
+
+
+@pytest.mark.parametrize("more", [{}, {"activation": "tanh"}, {"rescale": "activity", "scope": "layer"}])
+@pytest.mark.parametrize(("count", "share", "way"), WAYS)
+def test_every_way_to_add_up_a_layer_gives_the_references_scores(count, share, way, more):
+    """Each is the cheapest somewhere, with weights of every type and with skipped neurons filled in."""
+    lazy, x = lazy_network(width=40, hidden=(203, 190, 201), partition=None, **more), inputs(count, 40)
+    mask = torch.rand(count, lazy.policy.bits, generator=seeded(4)) < share
+    spans = np.zeros((lazy.partition.groups + 1, 9), np.int64)
+    bits = np.ascontiguousarray(mask[:, : lazy.partition.groups].numpy()).astype(np.uint8).ravel()
+    assert layers.cheapest(count, spans, 0, bits, lazy.partition.groups, 200) == way
+    for dtype in DTYPES:
+        scores = compile(lazy, dtype=dtype).evaluate(x, mask)[0]
+        assert_close(scores, under(rounded(lazy, dtype), x, mask).scores, 1e-4 if dtype == "float32" else 1e-3)
+    filled = compensated(lazy, inputs(20, 40, 7))
+    assert_close(compile(filled).evaluate(x, mask)[0], under(filled, x, mask).scores)
+
+
 @every_batch
 def test_levels_are_exact(batch):
     lazy, x = lazy_network(), inputs(5)
@@ -247,20 +266,35 @@ def called(tile, *args):
     numba.njit(lambda *args: tile(*args))(*args)
 
 
-@pytest.mark.parametrize(("rows", "vectors", "lines"), [(4, 3, 2), (1, 1, 0), (2, 2, 4)])
-def test_panel_tiles_equal_plain_loops(rows, vectors, lines):
-    x, w, h, listed = numbers(400, 0), numbers(900, 1), numbers(400, 2), np.array([9, 5, 0, 3, 2])
+@pytest.mark.parametrize(("rows", "vectors"), [(4, 3), (1, 1), (2, 2)])
+def test_panel_tiles_equal_plain_loops(rows, vectors):
+    width = vectors * LANES
+    x, w, h, listed = numbers(400, 0), numbers(40 * width, 1), numbers(11 * width, 2), np.array([9, 5, 0, 3, 2])
     expected = h.astype(float)
     for row in listed[1 : 1 + rows]:
-        for j in range(vectors * LANES):
-            expected[row * 27 + 2 + j] += sum(float(x[row * 33 + 5 + k]) * float(w[3 + k * 29 + j]) for k in range(24))
-    called(panel_tile(rows, vectors, lines), x, 33, 5, listed, 1, w, 29, 3, 24, h, 27, 2, 0)
+        for j in range(width):
+            products = (float(x[row * 33 + 5 + k]) * float(w[3 + k * (width + 5) + j]) for k in range(24))
+            expected[row * (width + 3) + 2 + j] += sum(products)
+    called(panel_tile(rows, vectors), x, 33, 5, listed, 1, w, width + 5, 3, 24, h, width + 3, 2)
     np.testing.assert_allclose(h, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("rows", "neurons", "unroll"), [(3, 4, 1), (1, 1, 2), (2, 2, 1), (1, 8, 1)])
+def test_dot_tiles_equal_plain_loops(rows, neurons, unroll):
+    size = 2 * unroll * LANES
+    x, w, h, listed = numbers(10 * size + 90, 0), numbers(12 * size + 90, 1), numbers(120, 2), np.array([9, 5, 0, 3, 2])
+    expected = h.astype(float)
+    for row in listed[1 : 1 + rows]:
+        for j in range(neurons):
+            given, weights = x[row * (size + 3) + 5 :][:size], w[3 + j * (size + 4) :][:size]
+            expected[row * 11 + 2 + j] += given.astype(float) @ weights.astype(float)
+    called(dot_tile(rows, neurons, unroll), x, size + 3, 5, listed, 1, w, size + 4, 3, size, h, 11, 2, 10**6)
+    np.testing.assert_allclose(h, expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(("vectors", "unroll"), [(2, 4), (7, 1)])
 def test_spread_tiles_equal_plain_loops(vectors, unroll):
-    w, h, value, width = numbers(500, 0), numbers(70, 1), numbers(14, 2), vectors * LANES
+    w, h, value, width = numbers(1000, 0), numbers(140, 1), numbers(14, 2), vectors * LANES
     index, expected = np.array([9, 0, 3, 3, 1, 5, 2, 4, 0, 6, 1, 7]), h.astype(float)
     index = np.concatenate([index, np.zeros(AHEAD, int)])
     for t in range(8):
@@ -272,19 +306,19 @@ def test_spread_tiles_equal_plain_loops(vectors, unroll):
 
 @pytest.mark.parametrize("kind", ["scaled", "rectified", "cleared"])
 def test_row_tiles_equal_plain_expressions(kind):
-    to, a, b = numbers(40, 0), numbers(40, 1), numbers(40, 2)
-    before, own = to.copy(), slice(3, 3 + 2 * LANES)  # 11 numbers take two vectors
+    to, a, b, size = numbers(50, 0), numbers(50, 1), numbers(50, 2), LANES + 3
+    before, own = to.copy(), slice(3, 3 + 2 * LANES)  # so many numbers take two vectors
     given, added = a[5 : 5 + 2 * LANES], b[7 : 7 + 2 * LANES]
     wanted = {"scaled": given * 2, "rectified": np.maximum(given + added, 0) * 2, "cleared": given * 0}[kind]
-    called(row_tile(kind), to, 3, a, 5, b, 7, np.float32(2), 11)
+    called(row_tile(kind), to, 3, a, 5, b, 7, np.float32(2), size)
     np.testing.assert_array_equal(to[own], wanted)
     to[own] = before[own]
     np.testing.assert_array_equal(to, before)
 
 
 def test_a_rectified_row_keeps_what_is_no_number():
-    to, a, b = np.zeros(8, np.float32), np.full(8, np.nan, np.float32), np.zeros(8, np.float32)
-    called(row_tile("rectified"), to, 0, a, 0, b, 0, np.float32(1), 8)
+    to, a, b = np.zeros(LANES, np.float32), np.full(LANES, np.nan, np.float32), np.zeros(LANES, np.float32)
+    called(row_tile("rectified"), to, 0, a, 0, b, 0, np.float32(1), LANES)
     assert np.isnan(to).all()
 
 

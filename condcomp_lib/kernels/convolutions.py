@@ -13,7 +13,7 @@ import numpy as np
 
 from condcomp_lib.kernels import pack
 from condcomp_lib.kernels.pack import ALWAYS_ON, BUDGETED, CLASSES, GATES, GROUPS, INPUTS, LAYERS, Packed
-from condcomp_lib.kernels.products import compiled, decide, kept
+from condcomp_lib.kernels.products import UNCOUNTED, compiled, decide, kept
 from condcomp_lib.kernels.tiles import LANES, filter_tile
 from condcomp_lib.lazy import LazyNetwork
 from condcomp_lib.policies import ALWAYS, Budget, Policy, Threshold
@@ -23,7 +23,8 @@ FILTERS_AT_ONCE, VECTORS = 4, 3  # of a tile: sums, one row of pictures and a we
 _tile_3, _tile_2, _tile_1 = (filter_tile(FILTERS_AT_ONCE, vectors) for vectors in (3, 2, 1))
 TAPS = 9
 # Sums in any order, so that they fit vectors; what is no number stays none.
-summing = numba.njit(nogil=True, error_model="numpy", boundscheck=False, fastmath={"reassoc", "nsz"})
+summing = numba.njit(nogil=True, error_model="numpy", boundscheck=False, fastmath={"reassoc", "nsz"},
+                     **UNCOUNTED)  # fmt: skip
 
 # `Packed.meta` starts as that of fully connected networks does, as far as the names above go; then these, ...
 RESCALED, POOL, OUT, OUT_BIAS, SPACE, SUMS_ROW, LOW, HIGH, MOST = range(10, 19)
@@ -45,7 +46,8 @@ def _place(from_, at, row, height, width, bias, factor, rectified, x, to, layer)
         first, own = at + y * row, to + layer[START] + (y // stride) * pitch + (y % stride) * stride * phase
         given = from_[first : first + width]
         if not rectified and stride == 1:
-            x[own : own + width] = given
+            for column in range(width):
+                x[own + column] = given[column]
         elif stride == 1:
             put = x[own : own + width]
             for column in range(width):

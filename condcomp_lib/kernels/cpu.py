@@ -3,13 +3,12 @@
 import numpy as np
 
 from condcomp_lib.kernels import pack
-from condcomp_lib.kernels.layers import ALL, ALONE, DEPTH, Room, activate, product
-from condcomp_lib.kernels.products import compiled, decide, kept
-from condcomp_lib.kernels.tiles import LANES
+from condcomp_lib.kernels.layers import ALL, DOTS, Room, activate, cheapest, dense_product, product
+from condcomp_lib.kernels.products import compiled, decide, inlined, kept
+from condcomp_lib.kernels.tiles import AHEAD, LANES
 from condcomp_lib.policies import ALWAYS
 
 ROWS = 128  # examples at a time: what they need stays in the L2 and L3 caches
-FEW = 4  # examples that want a group, in the mean, from which on products beat lists of the neurons that are not zero
 
 
 @compiled
@@ -23,9 +22,9 @@ def _evaluate(x, first_row, n, weights, floats, meta, out, space, lists, bits, k
     spans, row = meta[spans_from:].reshape((-1, pack.FIELDS)), groups * gates
     room, wide, read, invalid = _room(n, meta, spans, space, lists)
     invalid[:] = 0
-    source, listed, below = _padded(x, first_row, n, meta[pack.INPUTS], spans[0, pack.X_ROW], wide), False, ALL
-    pooled = _pooled(x, first_row, n, meta, spans[1, pack.X_ROW], read) if meta[pack.POOL] else source
-    sources, read_spans, hidden = spans[:1], spans[1:2], spans[2 + gates : -1]
+    given = _padded(x, first_row, n, meta[pack.INPUTS], spans[0, pack.X_ROW], wide)
+    pooled = _pooled(x, first_row, n, meta, spans[1, pack.X_ROW], read) if meta[pack.POOL] else given
+    hidden, sources, way, whole_row, below = spans[2 + gates : -1], spans[:1], DOTS, 0, ALL
     for layer in range(layers):
         gate = min(layer, gates - 1)
         own, level = first_row * row + gate * groups, floats[gate_meta[gate, pack.LEVEL]]
@@ -33,8 +32,14 @@ def _evaluate(x, first_row, n, weights, floats, meta, out, space, lists, bits, k
             for i in range(n):
                 bits[own + i * row : own + i * row + groups] = 1
         elif layer < gates:
-            product(n, listed, source if layer else pooled, sources if layer else read_spans, below, floats,
-                    spans[2 + gate : 3 + gate], ALL, bits, row, room, room.logits, meta[pack.LOGITS_ROW])  # fmt: skip
+            own_gate = spans[2 + gate : 3 + gate]
+            if layer == 0:
+                length = spans[1, pack.X_ROW]
+                dense_product(n, pooled, length, length, floats, own_gate, ALL, bits, row, room, room.logits,
+                              meta[pack.LOGITS_ROW])  # fmt: skip
+            else:
+                product(n, way, whole_row, sources, below, floats, own_gate, ALL, bits, row, room, room.logits,
+                        meta[pack.LOGITS_ROW])  # fmt: skip
             _finish_logits(n, floats[gate_meta[gate, pack.GATE_BIAS] :], meta, shared, room.logits)
             for i in range(n):
                 logits = room.logits[i * meta[pack.LOGITS_ROW] : i * meta[pack.LOGITS_ROW] + groups]
@@ -44,25 +49,19 @@ def _evaluate(x, first_row, n, weights, floats, meta, out, space, lists, bits, k
                 if layer == 0:
                     invalid[i] = np.isnan(logits[groups - 1])
         h_row, own_spans = layer_meta[layer, pack.H_ROW], hidden[layer * (groups + 1) : (layer + 1) * (groups + 1)]
-        product(n, listed, source, sources, below, weights, own_spans[:groups], own, bits, row, room, room.h, h_row)
-        listed = layer_meta[layer, pack.SMALL] != 0 or _set(n, bits, own, row, groups) < FEW * groups
-        activate(n, listed, own_spans, own, bits, row, floats, layer_meta[layer], meta, room, h_row)
-        source, sources, below = room.x, own_spans, own
-    product(n, listed, source, sources, below, weights, spans[-1:], ALL, bits, row, room, room.h, meta[pack.WIDEST])
+        if layer == 0:
+            length = spans[0, pack.X_ROW]
+            dense_product(n, given, length, length, weights, own_spans[:groups], own, bits, row, room, room.h, h_row)
+        else:
+            product(n, way, whole_row, sources, below, weights, own_spans[:groups], own, bits, row, room, room.h, h_row)
+        way = cheapest(n, own_spans, own, bits, row, layer_meta[layer, pack.NEURONS])
+        activate(n, way, own_spans, own, bits, row, floats, layer_meta[layer], meta, room, h_row)
+        sources, below, whole_row = own_spans, own, layer_meta[layer, pack.WHOLE_ROW]
+    product(n, way, whole_row, sources, below, weights, spans[-1:], ALL, bits, row, room, room.h, meta[pack.WIDEST])
     _finish_scores(first_row, n, floats, meta, invalid, room.h, out)
 
 
-@compiled
-def _set(n, bits, own, row, groups):  # type: ignore[no-untyped-def]
-    """The bits of `n` examples that are set."""
-    total = 0
-    for i in range(n):
-        for group in range(groups):
-            total += bits[own + i * row + group]
-    return total
-
-
-@compiled
+@inlined
 def _room(n, meta, spans, space, lists):  # type: ignore[no-untyped-def]
     """The working space divided for `n` examples: the room, and for the input, for what the policy reads, and for
     flags of examples; `room` says how much it takes."""
@@ -71,42 +70,32 @@ def _room(n, meta, spans, space, lists):  # type: ignore[no-untyped-def]
     x, at = space[at : at + n * meta[pack.LONGEST]], at + n * meta[pack.LONGEST]
     logits, at = space[at : at + n * meta[pack.LOGITS_ROW]], at + n * meta[pack.LOGITS_ROW]
     value, at = space[at : at + n * entries], at + n * entries
-    part, at = space[at : at + n * DEPTH], at + n * DEPTH
     wide, at = space[at : at + n * spans[0, pack.X_ROW]], at + n * spans[0, pack.X_ROW]
     read, at = space[at : at + n * spans[1, pack.X_ROW]], at + n * spans[1, pack.X_ROW]
     scratch = space[at : at + groups]
-    every, at = lists[:ALONE], ALONE  # always there, so that it is written once
-    index, at = lists[at : at + n * entries], at + n * entries
+    index, at = lists[: n * entries], n * entries
     counts, at = lists[at : at + groups], at + groups
     owners, at = lists[at : at + n * groups], at + n * groups
-    starts, at = lists[at : at + n * (groups + 2)], at + n * (groups + 2)
-    rows, at = lists[at : at + n * groups], at + n * groups
-    wanted, at = lists[at : at + groups], at + groups
-    if every[1] != 1:  # the first time
-        for i in range(ALONE):
-            every[i] = i
+    lengths, at = lists[at : at + n], at + n
+    rows, at = lists[at : at + n], at + n
     invalid = lists[at : at + n]
-    return (
-        Room(h, logits, x, value, part, scratch, index, counts, owners, starts, rows, wanted, every, entries),
-        wide,
-        read,
-        invalid,
-    )
+    return Room(h, logits, x, value, scratch, index, counts, owners, lengths, rows, entries), wide, read, invalid
 
 
-@compiled
+@inlined
 def _padded(x, first_row, n, width, row, to):  # type: ignore[no-untyped-def]
     """The examples from `first_row` on in rows of `row` numbers, zeros behind them; one that needs none as it is."""
     if width == row:
         return x[first_row * width :]
     for i in range(n):
-        own, given = to[i * row : (i + 1) * row], x[(first_row + i) * width : (first_row + i + 1) * width]
-        own[:width] = given
-        own[width:] = 0
+        for j in range(width):
+            to[i * row + j] = x[(first_row + i) * width + j]
+        for j in range(width, row):
+            to[i * row + j] = 0
     return to
 
 
-@compiled
+@inlined
 def _pooled(x, first_row, n, meta, row, to):  # type: ignore[no-untyped-def]
     """The pictures from `first_row` on averaged over squares, in rows of `row` numbers."""
     channels, height, width, size = meta[pack.CHANNELS], meta[pack.HEIGHT], meta[pack.WIDTH], meta[pack.POOL]
@@ -175,8 +164,8 @@ def room(packed: pack.Packed, n: int) -> tuple[int, int]:
     """The float32 and int64 numbers that `run` needs to work on `n` examples at a time."""
     meta, groups = packed.meta, int(packed.meta[pack.GROUPS])
     entries = int(meta[pack.WIDEST]) + groups + 3 * LANES
-    row = int(meta[[pack.WIDEST, pack.LONGEST, pack.LOGITS_ROW, pack.READ_ROWS]].sum()) + entries + DEPTH
-    return n * row + groups, n * (entries + 3 * groups + 3) + 2 * groups + ALONE
+    row = int(meta[[pack.WIDEST, pack.LONGEST, pack.LOGITS_ROW, pack.READ_ROWS]].sum()) + entries
+    return n * row + groups, n * (entries + groups + 3) + groups + AHEAD
 
 
 run = kept(_run, "run")

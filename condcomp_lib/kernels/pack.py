@@ -9,12 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from condcomp_lib.errors import UsageError, unknown
-from condcomp_lib.kernels.tiles import LANES, LINE
+from condcomp_lib.kernels.tiles import LANES, LINE, QUAD
 from condcomp_lib.lazy import LazyNetwork, decided_by
 from condcomp_lib.partitions import Partition
 from condcomp_lib.policies import ALWAYS, Budget, Decision, Policy, Shared, Threshold, check_counts
 
-LEAST = 16  # neurons of a group, in the mean, from which on products with all of them beat lists of those not zero
 DTYPES = ("float32", "bfloat16", "int8")  # of the target's weights; everything else is float32
 
 # Where the numbers of `Packed.meta` stand. First single ones, ...
@@ -22,17 +21,18 @@ INPUTS, CLASSES, GROUPS, GATES, LAYERS, TANH, RESCALED, ALWAYS_ON, BUDGETED, SCA
 POOL, CHANNELS, HEIGHT, WIDTH, WIDEST, LONGEST, LOGITS_ROW, READ_ROWS, OUT_BIAS, OUT_SCALE = range(10, 20)
 HEAD = 20
 # ... then for each hidden layer these, ...
-NEURONS, H_ROW, BIAS, SCALE, SMALL = range(5)
+NEURONS, H_ROW, BIAS, SCALE, WHOLE_ROW = range(5)
 LAYER_FIELDS = 5
 # ... for each gate these (a count below zero: everything is evaluated), ...
 GATE_BIAS, LEVEL, COUNT = range(3)
 GATE_FIELDS = 3
 # ... and spans: of the input, of what the first gate reads, of each gate's logits, of each hidden layer's groups and
 # one more, of the scores. Each is neurons that stand together. FIRST: the first one's number in its layer; SIZE: how
-# many. H_AT: where their sums stand in a row of sums; W_AT and W_ROW: where their weights start, and the numbers from
-# one row of them to the next. X_AT and X_ROW: the same of their activations, X_AT times the examples.
-FIRST, SIZE, H_AT, W_AT, W_ROW, X_AT, X_ROW = range(7)
-FIELDS = 7
+# many. H_AT: where their sums stand in a row of sums; W_AT and W_ROW: where their weights start, a row for each neuron
+# below, and the numbers from one row of them to the next; D_AT and D_ROW: the same of a row for each of these neurons.
+# X_AT and X_ROW: the same of their activations, X_AT times the examples.
+FIRST, SIZE, H_AT, W_AT, W_ROW, D_AT, D_ROW, X_AT, X_ROW = range(9)
+FIELDS = 9
 MOST = np.iinfo(np.int64).max
 
 
@@ -42,7 +42,8 @@ class Packed:
 
     `weights` (float32, bfloat16 as uint16, or int8) of the target: for each group of a layer a row for each neuron
     below, of the group's weights, so that an evaluated neuron below adds a row, and one that is not or is zero adds
-    none. `floats` (float32): policy (rows likewise), biases, levels, scales. `meta` (int64): where they stand.
+    none; and a row for each neuron of the group, for where all below is read. `floats` (float32): policy (rows
+    likewise), biases, levels, scales. `meta` (int64): where they stand.
     """
 
     weights: np.ndarray
@@ -68,11 +69,14 @@ class Buffer:
         at, self.size = self.size, self.size + whole(len(flat))
         return at
 
-    def rows(self, numbers: np.ndarray) -> tuple[int, int]:
-        """Add rows padded with zeros, and a few more rows of them, which may be read; return where they start and the
-        numbers from one to the next."""
-        width = _pitch(numbers.shape[1])
-        return self.add(np.pad(numbers, ((0, LANES), (0, width - numbers.shape[1])))), width
+    def both(self, rows: np.ndarray, *, given: bool = False) -> list[int]:
+        """Add weights (neurons below x neurons) as rows padded with zeros: one for each neuron below (and a few more,
+        which may be read), unless what is below is the input, which is `given` in full; and one for each neuron, a
+        multiple of QUAD. Returns where each begins and the numbers from one row to the next: W_AT to D_ROW."""
+        below, count = rows.shape
+        wide, long = _pitch(count), _pitch(below)
+        found = [0, 0] if given else [self.add(np.pad(rows, ((0, LANES), (0, wide - count)))), wide]
+        return [*found, self.add(np.pad(rows.T, ((0, -count % QUAD), (0, long - below)))), long]
 
     def joined(self, kind: type) -> np.ndarray:
         found = aligned(self.size, kind)
@@ -130,11 +134,11 @@ def pack(lazy: LazyNetwork, dtype: str = "float32") -> Packed:
     head = np.zeros(HEAD, np.int64)
     order = tuple(torch.argsort(groups, stable=True).numpy() for groups in lazy.partition.membership)
     last, read = lazy.target.linears[-1], lazy.policy.gates[0].in_features
-    inputs = [_span(size, whole(size), None) for size in (lazy.target.linears[0].in_features, read)]
+    inputs = [_span(size, whole(size)) for size in (lazy.target.linears[0].in_features, read)]
     gates, logits = _gates(lazy.policy, lazy.decision, order, _extra(lazy), floats)
     layers, spans = _layers(lazy, dtype, order, weights, floats)
     rows, scale = _quantised(_rows_below(lazy, len(order), last.weight.detach().numpy(), order[-1]), dtype)
-    scores = _span(last.out_features, 0, weights.rows(rows))
+    scores = _span(last.out_features, 0, weights.both(rows))
     head[[OUT_SCALE, OUT_BIAS]] = floats.add(scale), floats.add(_bias(lazy, len(order)))
     head[[INPUTS, CLASSES, GROUPS]] = lazy.target.linears[0].in_features, last.out_features, lazy.partition.groups
     head[[GATES, LAYERS]] = len(lazy.policy.gates), len(order)
@@ -145,7 +149,7 @@ def pack(lazy: LazyNetwork, dtype: str = "float32") -> Packed:
         head[[POOL, CHANNELS, HEIGHT, WIDTH]] = pool.size, *pool.shape
     head[WIDEST] = max(*layers[:, H_ROW], whole(last.out_features), whole(lazy.partition.groups))
     head[[LOGITS_ROW, READ_ROWS]] = whole(lazy.partition.groups), sum(span[X_ROW] for span in inputs)
-    head[LONGEST] = (spans[:, -1, X_AT] + spans[:, -1, X_ROW]).max()
+    head[LONGEST] = max(*(spans[:, -1, X_AT] + spans[:, -1, X_ROW]), *layers[:, WHOLE_ROW])
     spans = np.concatenate([np.stack([*inputs, *logits]), spans.reshape(-1, FIELDS), scores[None]])
     meta = np.concatenate([head, layers.ravel(), gates.ravel(), spans.ravel()])
     kind = {"float32": np.float32, "bfloat16": np.uint16, "int8": np.int8}[dtype]
@@ -163,11 +167,11 @@ def _pitch(count: int) -> int:
     return whole(count) + (LANES if whole(count) % 64 == 0 and count > 64 else 0)
 
 
-def _span(size: int, row: int, at: tuple[int, int] | None) -> np.ndarray:
+def _span(size: int, row: int, at: Sequence[int] = (0, 0, 0, 0)) -> np.ndarray:
     """The entry of `meta` for neurons that have a layer to themselves, their activations in rows of `row` numbers, with
-    weights `at` (where they start, and row by row)."""
+    weights `at` (see `Buffer.both`)."""
     found = np.zeros(FIELDS, np.int64)
-    found[[SIZE, X_ROW]], found[[W_AT, W_ROW]] = (size, row), at or (0, 0)
+    found[[SIZE, X_ROW]], found[[W_AT, W_ROW, D_AT, D_ROW]] = (size, row), at
     return found
 
 
@@ -188,7 +192,8 @@ def _layers(
         spans[layer, :-1, H_AT] = np.cumsum(padded) - padded
         for at, sized in ((FIRST, SIZE), (X_AT, X_ROW)):
             spans[layer, :, at] = np.cumsum(spans[layer, :, sized]) - spans[layer, :, sized]
-        layers[layer, [NEURONS, H_ROW, SMALL]] = len(numbers), padded.sum(), len(numbers) < LEAST * groups
+        below = len(numbers) + _extra(lazy)
+        layers[layer, [NEURONS, H_ROW, WHOLE_ROW]] = len(numbers), _pitch(padded.sum()), whole(below) + 2 * LANES
         rows = matrix.T if layer == 0 else _rows_below(lazy, layer, matrix, order[layer - 1])
         rows, scale = _quantised(rows, dtype)
         biases, scales = np.zeros((2, padded.sum()), np.float32)
@@ -196,7 +201,7 @@ def _layers(
             first, size, at = spans[layer, group, [FIRST, SIZE, H_AT]]
             own = slice(first, first + size)
             biases[at : at + size], scales[at : at + size] = bias[own], scale[own]
-            spans[layer, group, [W_AT, W_ROW]] = weights.rows(rows[:, own])
+            spans[layer, group, [W_AT, W_ROW, D_AT, D_ROW]] = weights.both(rows[:, own], given=layer == 0)
         layers[layer, [BIAS, SCALE]] = floats.add(biases), floats.add(scales)
     return layers, spans
 
@@ -211,7 +216,7 @@ def _gates(
         rows = np.pad(linear.weight.detach().numpy().T, ((0, 0), (0, absent)))
         if gate:  # as the layers above the first one: what was skipped adds nothing
             rows = np.concatenate([rows[order[gate - 1]], np.zeros((extra, rows.shape[1]), np.float32)])
-        spans.append(_span(rows.shape[1], 0, floats.rows(rows)))
+        spans.append(_span(rows.shape[1], 0, floats.both(rows, given=gate == 0)))
         level = decision.levels[gate] if isinstance(decision, Threshold) else 0.0
         bias = np.pad(linear.bias.detach().numpy(), (0, absent), constant_values=-ALWAYS)
         found[gate, GATE_BIAS] = floats.add(bias)

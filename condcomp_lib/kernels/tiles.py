@@ -7,51 +7,56 @@ check nothing, and run on any processor that LLVM knows; eight lanes fill one re
 from collections.abc import Callable
 from typing import Any
 
-from llvmlite import ir
+import numba
+from llvmlite import binding, ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-LANES = 8
+
+def _lanes() -> int:
+    """The float32 numbers of a vector register: 16 where numba compiles for AVX-512, else 8 (NUMBA_CPU_FEATURES can
+    switch features off)."""
+    given = numba.config.CPU_FEATURES
+    return 16 if ("+avx512f" in given if given else binding.get_host_cpu_features().get("avx512f", False)) else 8
+
+
+LANES = _lanes()
 STEPS = 4  # numbers of a row that a turn of the inner loop takes
-SUMS = 12  # vectors of sums that a tile keeps in registers
-AHEAD = 16  # entries of a list whose weights are on their way into the cache
+SUMS = 24 if LANES == 16 else 12  # vectors of sums that a tile keeps in registers
+QUAD = 4  # rows of the first layer's weights come in multiples of it
+AHEAD = 32  # entries of a list whose weights are on their way into the cache
 LINE = 64  # bytes of a cache line
 _FLOAT, _LONG, _INT = ir.FloatType(), ir.IntType(64), ir.IntType(32)
 _VECTOR = ir.VectorType(_FLOAT, LANES)
 _ZERO, _NOTHING = ir.Constant(_VECTOR, [0.0] * LANES), ir.Constant(_VECTOR, ir.Undefined)
 
 
-def panel_tile(rows: int, vectors: int, lines: int) -> Any:
+def panel_tile(rows: int, vectors: int) -> Any:
     """h[r_i, j] += sum over k of x[r_i, k] w[k, j] over `size` numbers k, for `rows` listed rows r_i of x and h and
     `vectors` x LANES neurons j.
 
     Of the intrinsic's arguments, `listed` (int64) holds from `at` on the r_i, all different; `x`, `w` and `h`
     (float32; w also bfloat16 as uint16, or int8) start at `x_from`, `w_from` and `h_from` and have rows of `x_row`,
-    `w_row` and `h_row` numbers. `size` is a multiple of STEPS, not zero. Meanwhile `lines` lines of w for
-    each STEPS of it are called into the L2 cache, from `ahead` on: nothing is read there, so it may be anywhere.
+    `w_row` and `h_row` numbers. `size` is a multiple of STEPS, not zero.
     """
     # A sum waits some steps for its last addition: twelve of them keep the processor busy.
     sets = min(STEPS, SUMS // (rows * vectors))
 
     @intrinsic
-    def tile(typing, x, x_row, x_from, listed, at, w, w_row, w_from, size, h, h_row, h_from, ahead):  # type: ignore[no-untyped-def]  # noqa: ARG001
+    def tile(typing, x, x_row, x_from, listed, at, w, w_row, w_from, size, h, h_row, h_from):  # type: ignore[no-untyped-def]  # noqa: ARG001
         def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-            x, x_row, x_from, listed, at, w, w_row, w_from, size, h, h_row, h_from, ahead = _data(
+            x, x_row, x_from, listed, at, w, w_row, w_from, size, h, h_row, h_from = _data(
                 context, builder, signature, args
             )
             listed, multiply_add = builder.gep(listed, [at]), _multiply_add(builder)
             numbers = [builder.load(builder.gep(listed, [_LONG(i)])) for i in range(rows)]
             xs = [builder.gep(x, [builder.add(builder.mul(row, x_row), x_from)]) for row in numbers]
             hs = [builder.gep(h, [builder.add(builder.mul(row, h_row), h_from)]) for row in numbers]
-            w, far = builder.gep(w, [w_from]), builder.gep(w, [ahead])
-            line = LINE * 8 // w.type.pointee.width if isinstance(w.type.pointee, ir.IntType) else LINE // 4
+            w = builder.gep(w, [w_from])
 
             def step(k: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
                 found = list(sums)
-                for number in range(lines):
-                    start = builder.mul(k, _LONG(lines * line // STEPS))
-                    _call(builder, far, builder.add(start, _LONG(number * line)))
                 for u in range(STEPS):
                     at = builder.add(k, _LONG(u))
                     row = builder.mul(at, w_row)
@@ -67,6 +72,57 @@ def panel_tile(rows: int, vectors: int, lines: int) -> Any:
             sums = _loop(builder, size, STEPS, before, step)
             for number, cell in enumerate(cells):
                 _store(builder, sums[number :: len(cells)], *cell)
+            return context.get_dummy_value()
+
+        return types.void(x, x_row, x_from, listed, at, w, w_row, w_from, size, h, h_row, h_from), codegen
+
+    return tile
+
+
+def dot_tile(rows: int, neurons: int, unroll: int) -> Any:
+    """h[r_i, j] += sum over k of x[r_i, k] w[j, k] over `size` numbers k, for `rows` listed rows r_i of x and h and
+    `neurons` (a power of two, at most LANES) rows j of w.
+
+    The intrinsic's arguments are those of `panel_tile`; `size` is a multiple of `unroll` x LANES,
+    not zero.
+    """
+
+    @intrinsic
+    def tile(typing, x, x_row, x_from, listed, at, w, w_row, w_from, size, h, h_row, h_from, ahead):  # type: ignore[no-untyped-def]  # noqa: ARG001
+        def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+            x, x_row, x_from, listed, at, w, w_row, w_from, size, h, h_row, h_from, ahead = _data(
+                context, builder, signature, args
+            )
+            listed, multiply_add, cells = builder.gep(listed, [at]), _multiply_add(builder), rows * neurons
+            numbers = [builder.load(builder.gep(listed, [_LONG(i)])) for i in range(rows)]
+            xs = [builder.gep(x, [builder.add(builder.mul(row, x_row), x_from)]) for row in numbers]
+            hs = [builder.gep(h, [builder.add(builder.mul(row, h_row), h_from)]) for row in numbers]
+            ws = [builder.gep(w, [builder.add(w_from, builder.mul(w_row, _LONG(j)))]) for j in range(neurons)]
+            nexts = [
+                builder.gep(w, [builder.add(ahead, builder.mul(w_row, _LONG(j)))])
+                for j in range(neurons if rows > 1 else 0)
+            ]
+
+            def step(k: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
+                found = list(sums)
+                for u in range(unroll):
+                    at = builder.add(k, _LONG(u * LANES))
+                    weights = [_weights(builder, own, at) for own in ws]
+                    for own in nexts:
+                        _call(builder, own, at)
+                    for i in range(rows):
+                        given = _load(builder, xs[i], at)
+                        for j, vector in enumerate(weights, u * cells + i * neurons):
+                            found[j] = builder.call(multiply_add, [given, vector, found[j]])
+                return found
+
+            sums = _loop(builder, size, unroll * LANES, [_ZERO] * (cells * unroll), step)
+            kind = ir.VectorType(_FLOAT, neurons)
+            for i, own in enumerate(hs):
+                at = i * neurons
+                total = _totals(builder, [_sum(builder, sums[at + j :: cells]) for j in range(neurons)])
+                total = builder.fadd(_load(builder, own, _LONG(0), kind), total)
+                builder.store(total, builder.bitcast(own, kind.as_pointer()), align=4)
             return context.get_dummy_value()
 
         return types.void(x, x_row, x_from, listed, at, w, w_row, w_from, size, h, h_row, h_from, ahead), codegen
@@ -255,12 +311,35 @@ def _everywhere(builder: ir.IRBuilder, number: ir.Value) -> ir.Value:
     return builder.shuffle_vector(one, _NOTHING, ir.Constant(ir.VectorType(_INT, LANES), [0] * LANES))
 
 
+def _sum(builder: ir.IRBuilder, vectors: list[ir.Value]) -> ir.Value:
+    """The total of vectors, lane by lane, in pairs, so that additions do not wait for one another."""
+    while len(vectors) > 1:
+        odd = [vectors[-1]] if len(vectors) % 2 else []
+        vectors = [builder.fadd(a, b) for a, b in zip(vectors[:-1:2], vectors[1::2], strict=True)] + odd
+    return vectors[0]
+
+
+def _totals(builder: ir.IRBuilder, vectors: list[ir.Value]) -> ir.Value:
+    """A vector of each vector's total over its lanes, of a power of two vectors: neighbours are added until one lane of
+    each is left."""
+
+    def added(a: ir.Value, b: ir.Value, lanes: int) -> ir.Value:
+        kind = ir.VectorType(_INT, lanes // 2)
+        even, odd = (ir.Constant(kind, list(range(start, lanes, 2))) for start in (0, 1))
+        return builder.fadd(builder.shuffle_vector(a, b, even), builder.shuffle_vector(a, b, odd))
+
+    count, width = len(vectors), LANES
+    while len(vectors) > 1:
+        vectors = [added(a, b, 2 * LANES) for a, b in zip(vectors[::2], vectors[1::2], strict=True)]
+    total = vectors[0]
+    while width > count:
+        total, width = added(total, total, width), width // 2
+    return total
+
+
 def _store(builder: ir.IRBuilder, sums: list[ir.Value], base: ir.Value, offset: ir.Value) -> None:
     """The total of vectors, written anywhere."""
-    total = sums[0]
-    for part in sums[1:]:
-        total = builder.fadd(total, part)
-    builder.store(total, builder.bitcast(builder.gep(base, [offset]), _VECTOR.as_pointer()), align=4)
+    builder.store(_sum(builder, sums), builder.bitcast(builder.gep(base, [offset]), _VECTOR.as_pointer()), align=4)
 
 
 def _call(builder: ir.IRBuilder, base: ir.Value, offset: ir.Value) -> None:
@@ -268,5 +347,5 @@ def _call(builder: ir.IRBuilder, base: ir.Value, offset: ir.Value) -> None:
     byte = ir.IntType(8).as_pointer()
     kind = ir.FunctionType(ir.VoidType(), [byte, _INT, _INT, _INT])
     prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
-    to_read, into_l2, of_data = _INT(0), _INT(2), _INT(1)
+    to_read, into_l2, of_data = _INT(0), _INT(3), _INT(1)
     builder.call(prefetch, [builder.bitcast(builder.gep(base, [offset]), byte), to_read, into_l2, of_data])

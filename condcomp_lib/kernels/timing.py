@@ -144,13 +144,13 @@ def best(measured: Sequence[Machine]) -> Machine:
     return Machine(max(m.multiply_adds for m in measured), max(m.bandwidth for m in measured), measured[0].buffer)
 
 
-_tile = panel_tile(4, 3, 0)
+_tile = panel_tile(4, 3)
 
 
 @numba.njit(nogil=True)
 def _busy(x, listed, w, size, h, times):  # type: ignore[no-untyped-def]
     for _ in range(times):
-        _tile(x, 0, 0, listed, 0, w, 3 * LANES, 0, size, h, 3 * LANES, 0, 0)  # the same row of x four times
+        _tile(x, 0, 0, listed, 0, w, 3 * LANES, 0, size, h, 3 * LANES, 0)  # the same row of x four times
 
 
 @numba.njit(nogil=True, fastmath=True)
