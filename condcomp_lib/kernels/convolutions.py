@@ -19,8 +19,13 @@ from condcomp_lib.lazy import LazyNetwork
 from condcomp_lib.policies import ALWAYS, Budget, Policy, Threshold
 from condcomp_lib.targets import ConvNet
 
-FILTERS_AT_ONCE, VECTORS = 4, 3  # of a tile: sums, one row of pictures and a weight fill sixteen registers
-_tile_3, _tile_2, _tile_1 = (filter_tile(FILTERS_AT_ONCE, vectors) for vectors in (3, 2, 1))
+# Of a tile: its sums, a part of a row of pictures and a weight fill the registers.
+FILTERS_AT_ONCE, VECTORS = 4, 6 if LANES == 16 else 3
+_tile_6, _tile_5, _tile_4, _tile_3, _tile_2, _tile_1 = (
+    filter_tile(FILTERS_AT_ONCE, min(vectors, VECTORS)) for vectors in (6, 5, 4, 3, 2, 1)
+)
+ROWS_AT_ONCE = 4 if LANES == 16 else 2  # vectors of a tile of whole rows, where one or two rows fill a vector
+_rows_1, _rows_2 = (filter_tile(FILTERS_AT_ONCE, ROWS_AT_ONCE, parts, LANES // parts + 1) for parts in (1, 2))
 TAPS = 9
 # Sums in any order, so that they fit vectors; what is no number stays none.
 summing = numba.njit(nogil=True, error_model="numpy", boundscheck=False, fastmath={"reassoc", "nsz"},
@@ -33,7 +38,7 @@ HEAD = 19
 # numbers from one row to the next, from one of four to the next, and to the first number behind the zeros; PICTURE: all
 # that one channel takes; X_AT: where the first one lies in the space to work in; TAP: nine starts.
 FILTERS, BELOW, STRIDE, HEIGHT, WIDTH, OUT_HEIGHT, OUT_WIDTH, ROW, PHASE, START, PICTURE, X_AT = range(12)
-W_AT, B_AT, GATE_AT, GATE_BIAS, LEVEL, COUNT, TAP = range(12, 19)
+W_AT, B_AT, GATE_AT, GATE_BIAS, LEVEL, COUNT, PARTS, SUM_ROW, TAP = range(12, 21)
 FIELDS = TAP + TAPS
 
 
@@ -100,41 +105,56 @@ def _filtered(positions, chosen, count, below, read, weights, layer, x, channel,
             entries += 1
     for i in range(count + FILTERS_AT_ONCE - 1):  # a tile that is not full takes its last filter several times
         starts[i] = layer[W_AT] + chosen[min(i, count - 1)] * layer[BELOW] * TAPS
-    at = 0
+    at, parts = 0, layer[PARTS]
+    while parts and at < positions:
+        start = at // layer[OUT_WIDTH] * layer[ROW]
+        for i in range(0, count, FILTERS_AT_ONCE):
+            to = i * sums_row + at
+            if parts == 1:
+                _rows_1(x, start, channel, weight, entries, weights, starts, i, sums, sums_row, to)
+            else:
+                _rows_2(x, start, channel, weight, entries, weights, starts, i, sums, sums_row, to)
+        at += ROWS_AT_ONCE * LANES
     while at < positions:  # the part of the pictures that a turn reads stays in the L1 cache
-        left = positions - at
-        if left > 2 * LANES:
-            for i in range(0, count, FILTERS_AT_ONCE):
-                _tile_3(x, at, channel, weight, entries, weights, starts, i, sums, sums_row, i * sums_row + at)
-            at += 3 * LANES
-        elif left > LANES:
-            for i in range(0, count, FILTERS_AT_ONCE):
-                _tile_2(x, at, channel, weight, entries, weights, starts, i, sums, sums_row, i * sums_row + at)
-            at += 2 * LANES
-        else:
-            for i in range(0, count, FILTERS_AT_ONCE):
-                _tile_1(x, at, channel, weight, entries, weights, starts, i, sums, sums_row, i * sums_row + at)
-            at += LANES
+        left = (positions - at + LANES - 1) // LANES
+        turns = (left + VECTORS - 1) // VECTORS
+        vectors = (left + turns - 1) // turns  # as even as can be
+        for i in range(0, count, FILTERS_AT_ONCE):
+            to = i * sums_row + at
+            if vectors == 6:
+                _tile_6(x, at, channel, weight, entries, weights, starts, i, sums, sums_row, to)
+            elif vectors == 5:
+                _tile_5(x, at, channel, weight, entries, weights, starts, i, sums, sums_row, to)
+            elif vectors == 4:
+                _tile_4(x, at, channel, weight, entries, weights, starts, i, sums, sums_row, to)
+            elif vectors == 3:
+                _tile_3(x, at, channel, weight, entries, weights, starts, i, sums, sums_row, to)
+            elif vectors == 2:
+                _tile_2(x, at, channel, weight, entries, weights, starts, i, sums, sums_row, to)
+            else:
+                _tile_1(x, at, channel, weight, entries, weights, starts, i, sums, sums_row, to)
+        at += vectors * LANES
 
 
 @summing
-def _pooled(x, first, meta, layer, means):  # type: ignore[no-untyped-def]
-    """What the first gate reads of an image: the mean of every channel, or of every square of `POOL` pixels a side."""
+def _pooled(x, first, meta, layer, means, band):  # type: ignore[no-untyped-def]
+    """What the first gate reads of an image: the mean of every channel, or of every square of `POOL` pixels a side.
+    Rows are added up in `band` first, as whole vectors."""
     height, width, size, at = layer[HEIGHT], layer[WIDTH], meta[POOL], 0
     high, wide = (size, size) if size else (height, width)
-    across, part = width // wide, np.float32(1) / np.float32(high * wide)
-    for channel in range(layer[BELOW]):
-        for y in range(height):
-            own, given = means[at : at + across], x[first + (channel * height + y) * width :][:width]
-            if y % high == 0:
-                own[:] = 0
-            for square in range(across):
-                total = np.float32(0)
-                for column in range(square * wide, (square + 1) * wide):
-                    total += given[column]
-                own[square] += total * part
-            if y % high == high - 1:
-                at += across
+    part = np.float32(1) / np.float32(high * wide)
+    for start in range(0, layer[BELOW] * height, high):
+        band[:width] = 0
+        for y in range(start, start + high):
+            given = x[first + y * width :][:width]
+            for column in range(width):
+                band[column] += given[column]
+        for left in range(0, width, wide):
+            total = np.float32(0)
+            for column in range(left, left + wide):
+                total += band[column]
+            means[at] = total * part
+            at += 1
     return at
 
 
@@ -146,9 +166,9 @@ def _gate(read, reads, means, weights, layer, meta, logits):  # type: ignore[no-
     for group in range(groups):
         logits[group] = weights[bias + group]
     for i in range(reads):
-        mean, own = means[i], at + read[i] * groups
+        mean, own = means[i], weights[at + read[i] * groups :][:groups]  # a slice: its index cannot be below zero
         for group in range(groups):
-            logits[group] += mean * weights[own + group]
+            logits[group] += mean * own[group]
     for group in range(layer[FILTERS]):
         logits[group] = min(max(logits[group], weights[meta[LOW]]), weights[meta[HIGH]])
     if meta[ALWAYS_ON]:
@@ -172,7 +192,7 @@ def _one(x, first, weights, meta, layers, scores, space, lists, bits, known):  #
                space, image[X_AT] + own * image[PICTURE], image)  # fmt: skip
         below[own] = own
     count = image[BELOW]
-    reads = _pooled(x, first, meta, image, means)
+    reads = _pooled(x, first, meta, image, means, sums)
     for number in range(len(layers)):
         layer = layers[number]
         own_bits, read = bits[number * groups : (number + 1) * groups], count
@@ -191,7 +211,7 @@ def _one(x, first, weights, meta, layers, scores, space, lists, bits, known):  #
                 chosen[count] = group
                 count += 1
         factor = np.float32(layer[FILTERS]) / np.float32(max(count, 1)) if meta[RESCALED] else np.float32(1)
-        row, height, width = layer[ROW], layer[OUT_HEIGHT], layer[OUT_WIDTH]
+        row, height, width = layer[SUM_ROW], layer[OUT_HEIGHT], layer[OUT_WIDTH]
         if count:
             _filtered(height * row, chosen, count, below, read, weights, layer, space, channel, weight, starts,
                       sums, meta[SUMS_ROW])  # fmt: skip
@@ -267,6 +287,9 @@ def _geometry(target: ConvNet) -> np.ndarray:
         own[[FILTERS, BELOW, STRIDE]] = channels[number + 1], channels[number], stride
         own[[HEIGHT, WIDTH, OUT_HEIGHT, OUT_WIDTH]] = height, width, out_height, out_width
         own[[ROW, PHASE, START, PICTURE]] = row, phase, start, phase * stride**2
+        own[SUM_ROW], parts = row, LANES // out_width
+        if parts in (1, 2) and LANES % out_width == 0 and out_height % (parts * ROWS_AT_ONCE) == 0:
+            own[SUM_ROW], own[PARTS] = out_width, parts  # rows fill vectors: what lies between them is not computed
         own[X_AT] = at
         at += own[PICTURE] * own[BELOW]
         for tap in range(TAPS):

@@ -52,9 +52,9 @@ def cheapest(n, spans, own, bits, row, neurons):  # type: ignore[no-untyped-def]
     groups, share = len(spans) - 1, evaluated / max(n * (len(spans) - 1), 1)
     products = n * share * neurons * neurons
     either, both = 1 - (1 - share) ** n, 1 - (1 - share * share) ** n  # of groups, and of pairs, some example wants
-    lists = 2.5 * n * share * share * groups * neurons
+    lists = 1.6 * n * share * share * groups * neurons
     pairs = 70 * both * groups * groups + max(0.014 * share * products, 0.05 * both * neurons * neurons)
-    dots = max(0.009 * products, 0.04 * either * neurons * neurons)
+    dots = max(0.011 * products, 0.054 * either * neurons * neurons) + 20 * n * share * groups
     return LISTS if lists <= min(pairs, dots) else PAIRS if pairs <= dots else DOTS
 
 

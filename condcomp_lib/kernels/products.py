@@ -10,10 +10,10 @@ import numba
 
 from condcomp_lib import policies
 from condcomp_lib.files import cached, inlined
-from condcomp_lib.kernels.tiles import LANES, QUAD, STEPS, dot_tile, panel_tile, spread_tile
+from condcomp_lib.kernels.tiles import LANES, QUAD, dot_tile, panel_tile, spread_tile
 
 # Nothing is allocated, so numba need not count references to arrays, which it does by locked instructions.
-UNCOUNTED = {"_nrt": False}
+UNCOUNTED: Any = {"_nrt": False}
 compiled: Callable[..., Any] = numba.njit(nogil=True, error_model="numpy", boundscheck=False, **UNCOUNTED)
 
 # Vectors and rows of sums that fill the registers: 16 of eight lanes, or 32 of sixteen.

@@ -17,7 +17,7 @@ from numba.extending import intrinsic
 def _lanes() -> int:
     """The float32 numbers of a vector register: 16 where numba compiles for AVX-512, else 8 (NUMBA_CPU_FEATURES can
     switch features off)."""
-    given = numba.config.CPU_FEATURES
+    given = numba.config.CPU_FEATURES  # type: ignore[attr-defined]
     return 16 if ("+avx512f" in given if given else binding.get_host_cpu_features().get("avx512f", False)) else 8
 
 
@@ -174,14 +174,14 @@ def spread_tile(vectors: int, unroll: int) -> Any:
     return tile
 
 
-def filter_tile(filters: int, vectors: int) -> Any:
+def filter_tile(filters: int, vectors: int, parts: int = 1, apart: int = LANES) -> Any:
     """h[i, j] = sum over k of w[filter_i + weight_k] x[channel_k + j] for `filters` filters i and `vectors` x LANES
     neighbouring positions j.
 
     Of the intrinsic's arguments, `x` and `w` (float32) are numbers and weights; `channel` and `weight` (int64) hold
     `count` entries, at least one: where an input starts in x (from `x_from` on), and which weight of a filter it meets;
     `filter` (int64) holds from `at` on where each filter's weights start; `h` (float32), rows of `h_row` numbers from
-    `h_from` on.
+    `h_from` on. A vector of x is read in `parts`, each `apart` numbers from the one before.
     """
 
     @intrinsic
@@ -196,7 +196,9 @@ def filter_tile(filters: int, vectors: int) -> Any:
             def step(k: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
                 source = builder.gep(x, [builder.load(builder.gep(channel, [k]))])
                 met = builder.load(builder.gep(weight, [k]))
-                numbers = [_load(builder, source, _LONG(LANES * j)) for j in range(vectors)]
+                piece = ir.VectorType(_FLOAT, LANES // parts)
+                pieces = [_load(builder, source, _LONG(apart * j), piece) for j in range(vectors * parts)]
+                numbers = [_joined(builder, pieces[j * parts : (j + 1) * parts]) for j in range(vectors)]
                 found = []
                 for i in range(filters):
                     times = _everywhere(builder, builder.load(builder.gep(ws[i], [met])))
@@ -303,6 +305,14 @@ def _weights(builder: ir.IRBuilder, base: ir.Value, offset: ir.Value) -> ir.Valu
         return builder.sitofp(builder.sext(vector, whole), _VECTOR)
     halves = ir.Constant(whole, [16] * LANES)
     return builder.bitcast(builder.shl(builder.zext(vector, whole), halves), _VECTOR)
+
+
+def _joined(builder: ir.IRBuilder, pieces: list[ir.Value]) -> ir.Value:
+    """One vector of one or two pieces."""
+    if len(pieces) == 1:
+        return pieces[0]
+    order = ir.Constant(ir.VectorType(_INT, LANES), list(range(LANES)))
+    return builder.shuffle_vector(*pieces, order)
 
 
 def _everywhere(builder: ir.IRBuilder, number: ir.Value) -> ir.Value:

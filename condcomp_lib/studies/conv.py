@@ -28,8 +28,8 @@ DEEP, SHALLOW = "conv 96/2-96/2-96-96", "conv 96/2-96/2"
 NETS: dict[str, dict[str, tuple[tuple[str, float], ...]]] = {  # by data set: architectures and sparsity targets
     "quick": {"digits": (("conv 16-32/2", 0.5),)},
     "paper": {
-        "cifar10": ((DEEP, 0.5), (DEEP, 0.3), (DEEP, 0.2), (SHALLOW, 0.5), (DEEP, 0.6)),
-        "svhn": ((DEEP, 0.5), (DEEP, 0.6)),
+        "cifar10": ((DEEP, 0.5), (DEEP, 0.3), (DEEP, 0.2), (SHALLOW, 0.5), (DEEP, 0.65)),
+        "svhn": ((DEEP, 0.5), (DEEP, 0.65)),
     },
 }
 POOL = {"digits": 2}  # pixels a side that the first gate reads as one, by today's means; elsewhere 4
@@ -55,7 +55,7 @@ def specs(profile: str) -> list[RunSpec]:
         for architecture in dict.fromkeys(own for own, _ in nets):
             rows += [(dataset, architecture, 1.0, method) for method in (DENSE, LONGER)]
         rows += [(dataset, *net, OURS) for net in nets]
-        # 0.6 is not in the slides, nor is SVHN, of which one row is trained their way.
+        # 0.65, what fits into two thirds of the time, is not in the slides, nor is SVHN: one row is trained their way.
         theirs = nets[:1] if dataset == "svhn" else [net for net in nets if net[1] <= MOST_TAU]
         rows += [(dataset, *net, PAPER) for net in theirs]
         rows += [(dataset, *nets[0], method) for method in ((AFTER, JOINT) if dataset != "svhn" else ())]
