@@ -14,6 +14,7 @@ from condcomp_lib.lazy import LazyNetwork, decided_by
 from condcomp_lib.partitions import Partition
 from condcomp_lib.policies import ALWAYS, Budget, Decision, Policy, Shared, Threshold, check_counts
 
+NARROWEST = 8  # numbers of weights that rows are padded to
 DTYPES = ("float32", "bfloat16", "int8")  # of the target's weights; everything else is float32
 
 # Where the numbers of `Packed.meta` stand. First single ones, ...
@@ -74,7 +75,8 @@ class Buffer:
         which may be read), unless what is below is the input, which is `given` in full; and one for each neuron, a
         multiple of QUAD. Returns where each begins and the numbers from one row to the next: W_AT to D_ROW."""
         below, count = rows.shape
-        wide, long = _pitch(count), _pitch(below)
+        # The last vector of a row may reach into the next row: it adds to sums of no neuron, which are never read.
+        wide, long = _pitch(count, NARROWEST), _pitch(below)
         found = [0, 0] if given else [self.add(np.pad(rows, ((0, LANES), (0, wide - count)))), wide]
         return [*found, self.add(np.pad(rows.T, ((0, -count % QUAD), (0, long - below)))), long]
 
@@ -161,10 +163,11 @@ def whole(count: int) -> int:
     return -(-count // LANES) * LANES
 
 
-def _pitch(count: int) -> int:
-    """Numbers from one row of `count` to the next: whole vectors, and not a multiple of 256 bytes where only part of a
-    row is read at a time, because such rows fall on the same places of a cache."""
-    return whole(count) + (LANES if whole(count) % 64 == 0 and count > 64 else 0)
+def _pitch(count: int, unit: int = LANES) -> int:
+    """Numbers from one row of `count` to the next: a multiple of `unit`, and not of 256 bytes where only part of a row
+    is read at a time, because such rows fall on the same places of a cache."""
+    least = -(-count // unit) * unit
+    return least + (unit if least % 64 == 0 and count > 64 else 0)
 
 
 def _span(size: int, row: int, at: Sequence[int] = (0, 0, 0, 0)) -> np.ndarray:

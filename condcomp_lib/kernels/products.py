@@ -38,7 +38,7 @@ _dot_1, _dot_rest = dot_tile(1, 1, LONG), dot_tile(1, QUAD, 1)
 def dots(x, x_row, x_from, listed, at, count, w, w_row, w_from, size, neurons, h, h_row, h_from, ahead):  # type: ignore[no-untyped-def]
     """h[r, j] += sum over k of x[r, k] w[j, k] for the `count` rows r listed from `at` on and `neurons` rows j of w, a
     multiple of QUAD; `size` is a multiple of LANES, not zero, and at most DEEP for several rows to be fast."""
-    start, end = at, at + count
+    turn, end = 0, at + count
     if count == 1:
         whole = size // (LONG * LANES) * LONG * LANES
         for j in range(neurons if whole else 0):
@@ -52,7 +52,7 @@ def dots(x, x_row, x_from, listed, at, count, w, w_row, w_from, size, neurons, h
         rows = (end - at + tiles - 1) // tiles  # as even as can be
         for j in range(0, neurons, ACROSS):
             own, to = w_from + j * w_row, h_from + j
-            soon = ahead + j * w_row if at == start else own
+            soon = ahead + (j + turn) * w_row if turn < ACROSS else own
             if rows == 6:
                 _dot_6(x, x_row, x_from, listed, at, w, w_row, own, size, h, h_row, to, soon)
             elif rows == 5:
@@ -63,7 +63,7 @@ def dots(x, x_row, x_from, listed, at, count, w, w_row, w_from, size, neurons, h
                 _dot_3(x, x_row, x_from, listed, at, w, w_row, own, size, h, h_row, to, soon)
             else:
                 _dot_2(x, x_row, x_from, listed, at, w, w_row, own, size, h, h_row, to, soon)
-        at += rows
+        at, turn = at + rows, turn + 1
 
 
 @inlined

@@ -27,6 +27,7 @@ SUMS = 24 if LANES == 16 else 12  # vectors of sums that a tile keeps in registe
 QUAD = 4  # rows of the first layer's weights come in multiples of it
 AHEAD = 32  # entries of a list whose weights are on their way into the cache
 LINE = 64  # bytes of a cache line
+INTO_L2, INTO_L1 = 2, 3  # caches that memory is called into, as LLVM names them
 _FLOAT, _LONG, _INT = ir.FloatType(), ir.IntType(64), ir.IntType(32)
 _VECTOR = ir.VectorType(_FLOAT, LANES)
 _ZERO, _NOTHING = ir.Constant(_VECTOR, [0.0] * LANES), ir.Constant(_VECTOR, ir.Undefined)
@@ -98,18 +99,15 @@ def dot_tile(rows: int, neurons: int, unroll: int) -> Any:
             xs = [builder.gep(x, [builder.add(builder.mul(row, x_row), x_from)]) for row in numbers]
             hs = [builder.gep(h, [builder.add(builder.mul(row, h_row), h_from)]) for row in numbers]
             ws = [builder.gep(w, [builder.add(w_from, builder.mul(w_row, _LONG(j)))]) for j in range(neurons)]
-            nexts = [
-                builder.gep(w, [builder.add(ahead, builder.mul(w_row, _LONG(j)))])
-                for j in range(neurons if rows > 1 else 0)
-            ]
+            ahead = builder.gep(w, [ahead])
 
             def step(k: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
                 found = list(sums)
                 for u in range(unroll):
                     at = builder.add(k, _LONG(u * LANES))
                     weights = [_weights(builder, own, at) for own in ws]
-                    for own in nexts:
-                        _call(builder, own, at)
+                    if rows > 1:
+                        _call(builder, ahead, at, INTO_L2)
                     for i in range(rows):
                         given = _load(builder, xs[i], at)
                         for j, vector in enumerate(weights, u * cells + i * neurons):
@@ -156,7 +154,7 @@ def spread_tile(vectors: int, unroll: int) -> Any:
                     row = builder.mul(builder.load(builder.gep(index, [at])), w_row)
                     soon = builder.mul(builder.load(builder.gep(index, [builder.add(at, _LONG(AHEAD))])), w_row)
                     for j in range(0, vectors, 2):
-                        _call(builder, w, builder.add(soon, _LONG(LANES * j)))
+                        _call(builder, w, builder.add(soon, _LONG(LANES * j)), INTO_L1)
                     weights, times = builder.gep(w, [row]), _everywhere(builder, builder.load(builder.gep(value, [at])))
                     for j in range(vectors):
                         vector = _weights(builder, weights, _LONG(LANES * j))
@@ -352,10 +350,10 @@ def _store(builder: ir.IRBuilder, sums: list[ir.Value], base: ir.Value, offset: 
     builder.store(_sum(builder, sums), builder.bitcast(builder.gep(base, [offset]), _VECTOR.as_pointer()), align=4)
 
 
-def _call(builder: ir.IRBuilder, base: ir.Value, offset: ir.Value) -> None:
+def _call(builder: ir.IRBuilder, base: ir.Value, offset: ir.Value, cache: int) -> None:
     """Ask for a line of memory that will be read soon."""
     byte = ir.IntType(8).as_pointer()
     kind = ir.FunctionType(ir.VoidType(), [byte, _INT, _INT, _INT])
     prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
-    to_read, into_l2, of_data = _INT(0), _INT(3), _INT(1)
-    builder.call(prefetch, [builder.bitcast(builder.gep(base, [offset]), byte), to_read, into_l2, of_data])
+    to_read, of_data = _INT(0), _INT(1)
+    builder.call(prefetch, [builder.bitcast(builder.gep(base, [offset]), byte), to_read, _INT(cache), of_data])
