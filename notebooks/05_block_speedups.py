@@ -123,10 +123,12 @@ print(f"{len(wanted)} of {groups} panels, the same activations: {same}")
 # %% [markdown]
 # For many examples with masks of their own, turn the loop around: for each *group*, list the examples that want it, and
 # multiply them by its panel together, so that a weight is read once for all of them, while the next panel is on its way into
-# the cache. Above the first layer both sides are sparse: for each *pair* of groups, the examples that want both. Few examples
-# share no pairs; theirs are lists of the neurons below that are not zero after their ReLU, each of which adds a row of the
-# panel above. The kernels do this with register tiles written as vector code (`kernels/tiles.py`); decision and policy are in
-# the same call.
+# the cache. Above the first layer both sides are sparse, and there are three ways to add up what lies below, of which every
+# call takes the one that should cost least for its masks: *lists* of the neurons below that are not zero after their ReLU, each
+# of which adds a row of the panel above (few examples); for each *pair* of groups, the examples that want both (many, and wide
+# groups); or products with all that lies below, skipped neurons as zeros (narrow groups, or little skipped). The kernels do this
+# with register tiles written as vector code (`kernels/tiles.py`), sixteen numbers wide where the processor has AVX-512 and eight
+# elsewhere; decision and policy are in the same call.
 #
 # ## Compile a lazy network
 #
@@ -167,8 +169,8 @@ for name, why in skipped.items():
 # (time does not depend on what a network has learned; trained ones follow below). Each row sets the compiled
 # network against the **fastest** of eager PyTorch, `torch.compile` and ONNX Runtime: interleaved repeats, at least 64 different
 # inputs in turn, one thread, float32. Left: one example at a time; more groups cost more policy, and a
-# group's weights are kept in whole vectors of eight neurons, so that groups of three (256 over the layers) read more than they
-# need. Right: 16 groups, one mask shared by the examples of a minibatch, as in *dropout-policies*.
+# group's neurons come in fours and rows of weights in eights, so that groups of three (256 over the layers) read more than
+# they need. Right: 16 groups, one mask shared by the examples of a minibatch, as in *dropout-policies*.
 
 # %%
 records = studies.records("blocks", profile)
@@ -210,7 +212,8 @@ display(Markdown(tables.markdown(table)))
 # %% tags=["nbval-check-output"]
 made = records[0].result
 versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
-print(f"{made['processor']}: {versions}" if profile == "paper" else "measured now")
+vectors = f"vectors of {made['lanes']} numbers"
+print(f"{made['processor']}, {vectors}: {versions}" if profile == "paper" else "measured now")
 
 # %% [markdown]
 # ## Time against accuracy

@@ -95,6 +95,8 @@ def test_a_roofline_is_the_best_that_was_measured_of_a_processor(tmp_path):
     records = stored(tmp_path, multiply_adds=400.0)
     assert [block_results.roofline_share(record, records) for record in records] == [0.25, 0.25]
     elsewhere = dataclasses.replace(records[1], result={**records[1].result, "processor": "Q"})
+    narrower = dataclasses.replace(records[1], result={**records[1].result, "lanes": 8})
+    assert block_results.roofline_share(records[0], [records[0], narrower]) == 0.5
     assert block_results.roofline_share(records[0], [records[0], elsewhere]) == 0.5
 
 

@@ -5,8 +5,11 @@ import dataclasses
 import importlib.util
 import itertools
 import math
+import os
 import re
 import shutil
+import subprocess
+import sys
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 
@@ -18,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from condcomp_lib.errors import UsageError
-from condcomp_lib.kernels import BATCHES, compile, cpu, layers, products, timing
+from condcomp_lib.kernels import BATCHES, compile, cpu, layers, products, tiles, timing
 from condcomp_lib.kernels.pack import DTYPES
 from condcomp_lib.kernels.tiles import AHEAD, LANES, dot_tile, panel_tile, row_tile, spread_tile
 from condcomp_lib.lazy import LazyNetwork, compensated, decided_by
@@ -253,6 +256,44 @@ def test_ten_thousand_calls_keep_nothing():
     finally:
         tracemalloc.stop()
     assert held[1] - held[0] < 10_000
+
+
+# the width of vectors
+
+
+@pytest.mark.parametrize(("features", "lanes"), [("+avx2,+fma", 8), ("+avx2,+avx512f", 16)])
+def test_vectors_are_as_wide_as_the_processor_that_is_compiled_for(monkeypatch, features, lanes):
+    monkeypatch.setattr(numba.config, "CPU_FEATURES", features)
+    assert tiles._lanes() == lanes
+
+
+NARROW = """
+import torch
+from condcomp_lib.kernels import compile, tiles
+from condcomp_lib.lazy import LazyNetwork
+from condcomp_lib.partitions import make_partition
+from condcomp_lib.policies import Budget, Given, Policy
+from condcomp_lib.targets import MLP
+
+draws = torch.Generator().manual_seed(0)
+target = MLP(300, (203, 90), 5, generator=draws).requires_grad_(False)
+partition = make_partition("random", target.hidden, 7, draws)
+policy = Policy(partition, 300, generator=draws).requires_grad_(False)
+lazy = LazyNetwork(target, partition, policy, Budget((3,)))
+for count in (1, 9, 130):
+    x = torch.randn(count, 300, generator=draws)
+    scores, mask = compile(lazy).evaluate(x)
+    expected = lazy.evaluate(x, None, Given(mask)).scores
+    assert (scores - expected).abs().max() <= 1e-4 * expected.abs().max()
+print(tiles.LANES)
+"""
+
+
+@pytest.mark.skipif(LANES == 8, reason="this processor's vectors are the narrow ones: all other tests are about them")
+def test_narrower_vectors_than_the_processors_give_the_references_scores():
+    narrow = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx,+avx2,+fma,+sse4.2,+bmi,+bmi2"}
+    found = subprocess.run([sys.executable, "-c", NARROW], env=os.environ | narrow, capture_output=True, text=True)
+    assert (found.returncode, found.stdout.strip()) == (0, "8"), found.stderr
 
 
 # the tiles against plain loops

@@ -75,8 +75,9 @@ def _row(record: Record) -> tuple[Any, ...]:
 
 def roofline_share(record: Record, records: Sequence[Record]) -> float:
     """The share of its roofline that a row reached, by the best that any of the records measured of the same processor
-    with the same weights: a row alone may have met a busy machine."""
-    machines = [r.result["machine"] for r in records if r.result["processor"] == record.result["processor"]]
+    and width of vectors with the same weights: a row alone may have met a busy machine."""
+    alike = [r for r in records if all(r.result.get(k) == record.result.get(k) for k in ("processor", "lanes"))]
+    machines = [r.result["machine"] for r in alike]
     most = timing.best([timing.Machine(**m) for m in machines if m["buffer"] == record.result["machine"]["buffer"]])
     threads, result = record.spec.settings["threads"], record.result
     least = max(result["executed"] / (most.multiply_adds * threads), result["read"] / most.bandwidth)

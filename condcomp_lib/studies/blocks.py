@@ -17,6 +17,7 @@ from filelock import FileLock
 from condcomp_lib import kernels, paths, studies
 from condcomp_lib.errors import CondcompError, unknown
 from condcomp_lib.kernels import FastLazy, timing
+from condcomp_lib.kernels.tiles import LANES
 from condcomp_lib.lazy import LazyNetwork, calibrated, decided_by
 from condcomp_lib.partitions import make_partition
 from condcomp_lib.policies import Budget, Given, Policy, Shared, Threshold
@@ -25,7 +26,7 @@ from condcomp_lib.studies import block_results
 from condcomp_lib.targets import MLP
 from condcomp_lib.training import control_width
 
-RECIPE = 2
+RECIPE = 3
 NET = "3072-800-800-800-10"
 SMALL = "64-64-64-10"
 BATCHES, ACTIVITIES = (1, 8, 32, 128, 512), (0.125, 0.25, 0.5)
@@ -260,7 +261,8 @@ def compute(spec: RunSpec, artefacts: RunStore) -> Outcome:  # noqa: ARG001 (not
 
 
 def on_this_machine() -> dict[str, Any]:
-    """Versions of the engines and the processor's name: what times depend on beside the code."""
+    """Versions of the engines, the processor's name and the numbers in one of its vectors: what times depend on beside
+    the code."""
     versions = {}
     for name in ("torch", "numba", "onnxruntime"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -268,7 +270,7 @@ def on_this_machine() -> dict[str, Any]:
     described = Path("/proc/cpuinfo")
     lines = described.read_text(encoding="utf-8").splitlines() if described.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return {"versions": versions, "processor": names[0] if names else platform.processor()}
+    return {"versions": versions, "processor": names[0] if names else platform.processor(), "lanes": LANES}
 
 
 STUDY = studies.Study(
