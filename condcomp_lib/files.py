@@ -94,7 +94,7 @@ def cached(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
 
 def inlined(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` to be used inside compiled ones, where its text takes the place of the call: calls cost more than they
-    look, since arrays are counted and passed by many words."""
+    look, since arrays are passed by many words and counted where references are."""
     import numba
 
     return numba.njit(nogil=True, error_model="numpy", boundscheck=False, inline="always")(function)

@@ -83,7 +83,8 @@ def blocks() -> dict[str, str]:
         "pretraining": tables.markdown(tables.frame(pretraining_results.matched_table(pretrained), 3)),
         "cost": pretraining_cost.finding(cost),
         "flow": tables.markdown(tables.frame(coactivation_results.flow_table(together), 3)),
-        "blocks": tables.markdown(tables.frame(block_results.rows(block_results.promised(timed), timed), 1)),
+        "blocks": tables.markdown(tables.frame(block_results.rows(block_results.promised(timed), timed), 1))
+        + f"\n\nMeasured on one machine: {block_results.measured_on(timed[0]) if timed else 'not yet'}.",
         "trained": tables.markdown(tables.frame(blocks_accuracy.table(traded, blocks_accuracy.rivals(traded)), 3)),
         "joint": tables.markdown(tables.frame(joint_results.brief(joint))),
         "first": tables.markdown(tables.frame(joint_first.table(first, joint))),

@@ -210,10 +210,7 @@ tables.save_table(table, "blocks_table", records, profile)
 display(Markdown(tables.markdown(table)))
 
 # %% tags=["nbval-check-output"]
-made = records[0].result
-versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
-vectors = f"vectors of {made['lanes']} numbers"
-print(f"{made['processor']}, {vectors}: {versions}" if profile == "paper" else "measured now")
+print(block_results.measured_on(records[0]) if profile == "paper" else "measured now")
 
 # %% [markdown]
 # ## Time against accuracy

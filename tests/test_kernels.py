@@ -26,7 +26,7 @@ from condcomp_lib.kernels.pack import DTYPES
 from condcomp_lib.kernels.tiles import AHEAD, LANES, dot_tile, panel_tile, row_tile, spread_tile
 from condcomp_lib.lazy import LazyNetwork, compensated, decided_by
 from condcomp_lib.oracle import Oracle
-from condcomp_lib.partitions import SCOPES, Partition, make_partition
+from condcomp_lib.partitions import SCOPES, Partition, cut_into_blocks, make_partition
 from condcomp_lib.policies import Budget, Given, Policy, Pool, Sample, Shared, Threshold
 from condcomp_lib.targets import ACTIVATIONS, MLP
 
@@ -261,10 +261,19 @@ def test_ten_thousand_calls_keep_nothing():
 # the width of vectors
 
 
-@pytest.mark.parametrize(("features", "lanes"), [("+avx2,+fma", 8), ("+avx2,+avx512f", 16)])
-def test_vectors_are_as_wide_as_the_processor_that_is_compiled_for(monkeypatch, features, lanes):
+@pytest.mark.parametrize(
+    ("name", "features", "lanes"),
+    [("haswell", "+avx2,+fma", 8), (None, "+avx2,+avx512f", 16), ("generic", "", 8), ("generic", None, 8)],
+)
+def test_vectors_are_as_wide_as_the_processor_that_is_compiled_for(monkeypatch, name, features, lanes):
+    monkeypatch.setattr(numba.config, "CPU_NAME", name)
     monkeypatch.setattr(numba.config, "CPU_FEATURES", features)
     assert tiles._lanes() == lanes
+
+
+def test_vectors_are_narrow_where_wide_ones_are_switched_off(monkeypatch):
+    monkeypatch.setattr(numba.config, "ENABLE_AVX", 0)
+    assert tiles._lanes() == 8
 
 
 NARROW = """
@@ -460,11 +469,35 @@ def test_an_always_on_group_is_evaluated_whatever_mask_is_given(batch):
     assert torch.equal(found, expected.mask)
 
 
-@pytest.mark.parametrize("decision", [Threshold((0.0,)), Budget((2,))], ids=["threshold", "budget"])
+@pytest.mark.parametrize(
+    "decision",
+    [Threshold((0.0,)), Budget((2,)), Threshold((-math.inf, 0.0, 0.0)), Budget((4, 1, 1))],
+    ids=["threshold", "budget", "everything first", "everything first by budget"],
+)
 def test_an_input_that_is_no_number_gives_scores_that_are_none(decision):
-    lazy, x = lazy_network(decision=decision), inputs(6)
+    own = decision.levels if isinstance(decision, Threshold) else decision.counts
+    lazy, x = lazy_network("layer" if len(own) > 1 else "network", decision), inputs(6)
     x[0, 3] = math.nan
     assert torch.equal(compile(lazy)(x).isnan(), lazy(x).isnan())
+
+
+@pytest.mark.parametrize("always_on", [False, True])
+@either_scope
+def test_limits_of_the_probabilities_hold_for_compiled_policies(scope, always_on):
+    lazy, x = lazy_network(scope, always_on=always_on), inputs(30)
+    lazy.policy.limits = (-0.5, 0.7)
+    gates = len(lazy.policy.gates)
+    for level in lazy.policy.limits:  # none is above the most, and those that were below the least are not above it
+        limited = decided_by(lazy, Threshold((level,) * gates))
+        assert torch.equal(compile(limited).evaluate(x)[1], limited.evaluate(x).mask)
+    shared = decided_by(lazy, Shared(Threshold((0.0,) * gates)))
+    assert torch.equal(compile(shared, "shared").evaluate(x)[1], shared.evaluate(x).mask)
+
+
+def test_a_budget_of_all_its_groups_sets_no_bit_that_a_gate_does_not_need():
+    partition = cut_into_blocks((12, 4), 2)
+    lazy = lazy_network("layer", Budget((3, 2)), hidden=(12, 4), partition=partition)
+    assert torch.equal(compile(lazy).evaluate(inputs(6))[1], lazy.evaluate(inputs(6)).mask)
 
 
 @pytest.mark.parametrize("count", [0, 5])

@@ -120,9 +120,9 @@ def _like(x: Any, found: np.ndarray) -> Any:
 def compile(lazy: LazyNetwork, batch: str = "per-example", threads: int = 1, dtype: str = "float32") -> FastLazy:
     """The lazy network as one call that computes only what each example's mask asks for, policy and decision included.
 
-    Neurons are put in the order of their groups, so that a group is one contiguous panel of weights. Nothing of the
-    lazy network is changed. Of a conv net the chosen filters are applied to the channels chosen below, example by
-    example.
+    Neurons are put in the order of their groups, so that a group is one contiguous panel of weights (above the first
+    layer in two copies, by rows and by neurons). Nothing of the lazy network is changed. Of a conv net the chosen
+    filters are applied to the channels chosen below, example by example.
 
     Arguments: `batch` how examples that come together are evaluated: "one" after the other; "per-example" each with its
     own mask, groups of weights read once for all examples that want them; "shared" under one mask, decided from their

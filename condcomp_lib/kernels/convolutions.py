@@ -2,7 +2,8 @@
 
 Vectors hold neighbouring positions of a picture, so that any filter and any channel can be left out without packing
 weights anew. A picture is kept row after row with a zero behind each row and zeros around, so that all of it is one
-long row to which each of the nine weights of a filter adds from another start. Pictures that a layer of stride 2 reads
+long row to which each of the nine weights of a filter adds from another start; where one or two rows fill a vector,
+rows are read one by one and what lies between them is not computed. Pictures that a layer of stride 2 reads
 are kept as four, of every other row and column.
 """
 
@@ -36,7 +37,8 @@ RESCALED, POOL, OUT, OUT_BIAS, SPACE, SUMS_ROW, LOW, HIGH, MOST = range(10, 19)
 HEAD = 19
 # ... and for each layer these. BELOW: channels of what it reads; ROW, PHASE, START: of the pictures that it reads, the
 # numbers from one row to the next, from one of four to the next, and to the first number behind the zeros; PICTURE: all
-# that one channel takes; X_AT: where the first one lies in the space to work in; TAP: nine starts.
+# that one channel takes; X_AT: where the first one lies in the space to work in; PARTS: rows that fill a vector, 0
+# where pictures are one long row; SUM_ROW: from one row of sums to the next; TAP: nine starts.
 FILTERS, BELOW, STRIDE, HEIGHT, WIDTH, OUT_HEIGHT, OUT_WIDTH, ROW, PHASE, START, PICTURE, X_AT = range(12)
 W_AT, B_AT, GATE_AT, GATE_BIAS, LEVEL, COUNT, PARTS, SUM_ROW, TAP = range(12, 21)
 FIELDS = TAP + TAPS
@@ -263,9 +265,7 @@ def pack_filters(lazy: LazyNetwork) -> Packed:
     last = target.linears[-1]
     head[OUT] = buffer.add(np.ascontiguousarray(last.weight.detach().numpy().T))
     head[OUT_BIAS] = buffer.add(last.bias.detach().numpy())
-    most = float(np.finfo(np.float32).max)
-    low, high = policy.limits or (-most, most)
-    head[LOW], head[HIGH] = buffer.add(np.array([low], np.float32)), buffer.add(np.array([high], np.float32))
+    head[[LOW, HIGH]] = pack.add_limits(policy, buffer)
     head[[INPUTS, CLASSES, GROUPS, GATES, LAYERS]] = target.inputs, last.out_features, groups, len(layers), len(layers)
     head[[RESCALED, POOL]] = lazy.rescale == "activity", policy.pool.size if policy.pool else 0
     head[[ALWAYS_ON, BUDGETED]] = policy.always_on, isinstance(lazy.decision, Budget)

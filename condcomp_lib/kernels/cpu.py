@@ -30,7 +30,8 @@ def _evaluate(x, first_row, n, weights, floats, meta, out, space, lists, bits, k
         own, level = first_row * row + gate * groups, floats[gate_meta[gate, pack.LEVEL]]
         if layer < gates and gate_meta[gate, pack.COUNT] < 0 and not known:  # everything is evaluated: do not ask
             for i in range(n):
-                bits[own + i * row : own + i * row + groups] = 1
+                for group in range(groups):
+                    bits[own + i * row + group] = not meta[pack.BUDGETED] or group < gate_meta[gate, pack.OWN]
         elif layer < gates:
             own_gate = spans[2 + gate : 3 + gate]
             if layer == 0:
@@ -40,7 +41,7 @@ def _evaluate(x, first_row, n, weights, floats, meta, out, space, lists, bits, k
             else:
                 product(n, way, whole_row, sources, below, floats, own_gate, ALL, bits, row, room, room.logits,
                         meta[pack.LOGITS_ROW])  # fmt: skip
-            _finish_logits(n, floats[gate_meta[gate, pack.GATE_BIAS] :], meta, shared, room.logits)
+            _finish_logits(n, floats, gate_meta[gate], meta, shared, room.logits)
             for i in range(n):
                 logits = room.logits[i * meta[pack.LOGITS_ROW] : i * meta[pack.LOGITS_ROW] + groups]
                 if not known:
@@ -52,6 +53,8 @@ def _evaluate(x, first_row, n, weights, floats, meta, out, space, lists, bits, k
         if layer == 0:
             length = spans[0, pack.X_ROW]
             dense_product(n, given, length, length, weights, own_spans[:groups], own, bits, row, room, room.h, h_row)
+            for i in range(n):
+                invalid[i] = invalid[i] or _nothing(own_spans[:groups], bits, own + i * row, room.h, i * h_row)
         else:
             product(n, way, whole_row, sources, below, weights, own_spans[:groups], own, bits, row, room, room.h, h_row)
         way = cheapest(n, own_spans, own, bits, row, layer_meta[layer, pack.NEURONS])
@@ -114,15 +117,29 @@ def _pooled(x, first_row, n, meta, row, to):  # type: ignore[no-untyped-def]
     return to
 
 
+@inlined
+def _nothing(spans, bits, own, h, start):  # type: ignore[no-untyped-def]
+    """Whether a sum of the first layer is no number, which then all of them are; false where nothing is evaluated."""
+    for group in range(len(spans)):
+        if bits[own + group] and spans[group, pack.SIZE]:
+            return np.isnan(h[start + spans[group, pack.H_AT]])
+    return False
+
+
 @compiled
-def _finish_logits(n, bias, meta, shared, logits):  # type: ignore[no-untyped-def]
-    """Sums made logits in place: biases, the group that is always on, and their mean where a mask is shared
+def _finish_logits(n, floats, gate, meta, shared, logits):  # type: ignore[no-untyped-def]
+    """Sums made logits in place: biases, limits, the group that is always on, and their mean where a mask is shared
     (`policies.Shared`)."""
-    groups, row = meta[pack.GROUPS], meta[pack.LOGITS_ROW]
+    groups, row, bias = meta[pack.GROUPS], meta[pack.LOGITS_ROW], floats[gate[pack.GATE_BIAS] :]
+    low, high = floats[meta[pack.LOW]], floats[meta[pack.HIGH]]
     for i in range(n):
         own = logits[i * row : i * row + groups]
         for group in range(groups):
             own[group] += bias[group]
+            if group < gate[pack.OWN] and own[group] < low:
+                own[group] = low
+            elif group < gate[pack.OWN] and own[group] > high:
+                own[group] = high
             if meta[pack.ALWAYS_ON]:
                 own[group] = min(own[group], np.float32(ALWAYS - 1)) if group else np.float32(ALWAYS)
     if shared:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from condcomp_lib.errors import UsageError, unknown
-from condcomp_lib.kernels.tiles import LANES, LINE, QUAD
+from condcomp_lib.kernels.tiles import LANES, LINE, QUAD, STEPS
 from condcomp_lib.lazy import LazyNetwork, decided_by
 from condcomp_lib.partitions import Partition
 from condcomp_lib.policies import ALWAYS, Budget, Decision, Policy, Shared, Threshold, check_counts
@@ -20,31 +20,34 @@ DTYPES = ("float32", "bfloat16", "int8")  # of the target's weights; everything 
 # Where the numbers of `Packed.meta` stand. First single ones, ...
 INPUTS, CLASSES, GROUPS, GATES, LAYERS, TANH, RESCALED, ALWAYS_ON, BUDGETED, SCALED = range(10)
 POOL, CHANNELS, HEIGHT, WIDTH, WIDEST, LONGEST, LOGITS_ROW, READ_ROWS, OUT_BIAS, OUT_SCALE = range(10, 20)
-HEAD = 20
-# ... then for each hidden layer these, ...
+LOW, HIGH = 20, 21
+HEAD = 22
+# ... then for each hidden layer these (WHOLE_ROW: from one example's activations to the next, where all are kept), ...
 NEURONS, H_ROW, BIAS, SCALE, WHOLE_ROW = range(5)
 LAYER_FIELDS = 5
-# ... for each gate these (a count below zero: everything is evaluated), ...
-GATE_BIAS, LEVEL, COUNT = range(3)
-GATE_FIELDS = 3
+# ... for each gate these (a COUNT below zero: everything is evaluated; OWN: the bits that it needs), ...
+GATE_BIAS, LEVEL, COUNT, OWN = range(4)
+GATE_FIELDS = 4
 # ... and spans: of the input, of what the first gate reads, of each gate's logits, of each hidden layer's groups and
 # one more, of the scores. Each is neurons that stand together. FIRST: the first one's number in its layer; SIZE: how
 # many. H_AT: where their sums stand in a row of sums; W_AT and W_ROW: where their weights start, a row for each neuron
 # below, and the numbers from one row of them to the next; D_AT and D_ROW: the same of a row for each of these neurons.
-# X_AT and X_ROW: the same of their activations, X_AT times the examples.
+# Both are 0 where there is no such copy: the first layer and the first gate have only rows for their neurons. X_AT and
+# X_ROW: where their activations start and lie, group by group, X_AT times the examples.
 FIRST, SIZE, H_AT, W_AT, W_ROW, D_AT, D_ROW, X_AT, X_ROW = range(9)
 FIELDS = 9
-MOST = np.iinfo(np.int64).max
+
+assert NARROWEST % STEPS == QUAD % STEPS == 0  # zeros follow the last neuron of a group up to whole STEPS
 
 
 @dataclass(frozen=True, eq=False)
 class Packed:
     """What a lazy network computes with, in four flat arrays.
 
-    `weights` (float32, bfloat16 as uint16, or int8) of the target: for each group of a layer a row for each neuron
-    below, of the group's weights, so that an evaluated neuron below adds a row, and one that is not or is zero adds
-    none; and a row for each neuron of the group, for where all below is read. `floats` (float32): policy (rows
-    likewise), biases, levels, scales. `meta` (int64): where they stand.
+    `weights` (float32, bfloat16 as uint16, or int8) of the target, above the first layer in two copies: for each group
+    of a layer a row for each neuron below, so that an evaluated neuron below adds a row, and one that is not or is zero
+    adds none; and a row for each neuron of the group, for where all below is read, as the input is. `floats` (float32):
+    policy (likewise), biases, levels, limits, scales. `meta` (int64): where they stand.
     """
 
     weights: np.ndarray
@@ -75,7 +78,8 @@ class Buffer:
         which may be read), unless what is below is the input, which is `given` in full; and one for each neuron, a
         multiple of QUAD. Returns where each begins and the numbers from one row to the next: W_AT to D_ROW."""
         below, count = rows.shape
-        # The last vector of a row may reach into the next row: it adds to sums of no neuron, which are never read.
+        # The last vector of a row may reach into the next row: it adds to sums of no neuron, beyond the zeros that are
+        # read behind the group's own.
         wide, long = _pitch(count, NARROWEST), _pitch(below)
         found = [0, 0] if given else [self.add(np.pad(rows, ((0, LANES), (0, wide - count)))), wide]
         return [*found, self.add(np.pad(rows.T, ((0, -count % QUAD), (0, long - below)))), long]
@@ -147,6 +151,7 @@ def pack(lazy: LazyNetwork, dtype: str = "float32") -> Packed:
     head[[TANH, RESCALED]] = isinstance(lazy.target.activation, nn.Tanh), lazy.rescale == "activity"
     head[[ALWAYS_ON, BUDGETED]] = lazy.policy.always_on, isinstance(lazy.decision, Budget)
     head[SCALED] = dtype == "int8"
+    head[[LOW, HIGH]] = add_limits(lazy.policy, floats)
     if pool := lazy.policy.pool:
         head[[POOL, CHANNELS, HEIGHT, WIDTH]] = pool.size, *pool.shape
     head[WIDEST] = max(*layers[:, H_ROW], whole(last.out_features), whole(lazy.partition.groups))
@@ -164,8 +169,8 @@ def whole(count: int) -> int:
 
 
 def _pitch(count: int, unit: int = LANES) -> int:
-    """Numbers from one row of `count` to the next: a multiple of `unit`, and not of 256 bytes where only part of a row
-    is read at a time, because such rows fall on the same places of a cache."""
+    """Numbers from one row of `count` to the next: a multiple of `unit`, and not of 64 where only part of a row is
+    read at a time, because such rows fall on the same places of a cache."""
     least = -(-count // unit) * unit
     return least + (unit if least % 64 == 0 and count > 64 else 0)
 
@@ -224,8 +229,15 @@ def _gates(
         bias = np.pad(linear.bias.detach().numpy(), (0, absent), constant_values=-ALWAYS)
         found[gate, GATE_BIAS] = floats.add(bias)
         found[gate, LEVEL] = floats.add(np.array([level], np.float32))
-        found[gate, COUNT] = _count(decision, gate, linear.out_features)
+        found[gate, [COUNT, OWN]] = _count(decision, gate, linear.out_features), linear.out_features
     return found, spans
+
+
+def add_limits(policy: Policy, floats: Buffer) -> tuple[int, int]:
+    """Add the least and the most that logits may be, the ends of float32 where there are none; return where."""
+    most = float(np.finfo(np.float32).max)
+    low, high = policy.limits or (-most, most)
+    return floats.add(np.array([low], np.float32)), floats.add(np.array([high], np.float32))
 
 
 def _count(decision: Decision, gate: int, groups: int) -> int:

@@ -37,7 +37,8 @@ _dot_1, _dot_rest = dot_tile(1, 1, LONG), dot_tile(1, QUAD, 1)
 @inlined
 def dots(x, x_row, x_from, listed, at, count, w, w_row, w_from, size, neurons, h, h_row, h_from, ahead):  # type: ignore[no-untyped-def]
     """h[r, j] += sum over k of x[r, k] w[j, k] for the `count` rows r listed from `at` on and `neurons` rows j of w, a
-    multiple of QUAD; `size` is a multiple of LANES, not zero, and at most DEEP for several rows to be fast."""
+    multiple of QUAD; `size` is a multiple of LANES, not zero, and at most DEEP for several rows to be fast. The first
+    rows' tiles call as much of the weights from `ahead` on into the L2 cache, a row of them in ACROSS each."""
     turn, end = 0, at + count
     if count == 1:
         whole = size // (LONG * LANES) * LONG * LANES
@@ -189,7 +190,8 @@ def decide(logits, bits, level, count, budgeted, always_on, scratch):  # type: i
 
 def kept(function: Callable[..., Any], name: str) -> Callable[..., Any]:
     """A whole evaluation compiled at its first call, or read from numba's cache where that can be written."""
-    # numba looks only at the function's file to tell whether what it keeps is out of date; the name tells it of others.
+    # numba looks only at the function's file to tell whether what it keeps is out of date; the name tells it of others,
+    # and of the width of vectors, which it does not tell apart where it compiles for a generic processor.
     sources = [*sorted(Path(__file__).parent.glob("*.py")), Path(policies.__file__)]
-    function.__qualname__ = f"{name}_{sha256(b''.join(path.read_bytes() for path in sources)).hexdigest()[:12]}"
+    function.__qualname__ = f"{name}_{LANES}_{sha256(b''.join(path.read_bytes() for path in sources)).hexdigest()[:12]}"
     return cached(function, **UNCOUNTED)

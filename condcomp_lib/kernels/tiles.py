@@ -15,16 +15,18 @@ from numba.extending import intrinsic
 
 
 def _lanes() -> int:
-    """The float32 numbers of a vector register: 16 where numba compiles for AVX-512, else 8 (NUMBA_CPU_FEATURES can
-    switch features off)."""
-    given = numba.config.CPU_FEATURES  # type: ignore[attr-defined]
-    return 16 if ("+avx512f" in given if given else binding.get_host_cpu_features().get("avx512f", False)) else 8
+    """The float32 numbers of a vector register: 16 where numba compiles for AVX-512, else 8. NUMBA_CPU_NAME,
+    NUMBA_CPU_FEATURES and NUMBA_ENABLE_AVX say what it compiles for where that is not this processor."""
+    config: Any = numba.config
+    if config.CPU_FEATURES is not None or config.CPU_NAME is not None:
+        return 16 if "+avx512f" in (config.CPU_FEATURES or "") else 8
+    return 16 if config.ENABLE_AVX and binding.get_host_cpu_features().get("avx512f", False) else 8
 
 
 LANES = _lanes()
 STEPS = 4  # numbers of a row that a turn of the inner loop takes
 SUMS = 24 if LANES == 16 else 12  # vectors of sums that a tile keeps in registers
-QUAD = 4  # rows of the first layer's weights come in multiples of it
+QUAD = 4  # rows of weights, one for a neuron, come in multiples of it
 AHEAD = 32  # entries of a list whose weights are on their way into the cache
 LINE = 64  # bytes of a cache line
 INTO_L2, INTO_L1 = 2, 3  # caches that memory is called into, as LLVM names them
@@ -41,7 +43,7 @@ def panel_tile(rows: int, vectors: int) -> Any:
     (float32; w also bfloat16 as uint16, or int8) start at `x_from`, `w_from` and `h_from` and have rows of `x_row`,
     `w_row` and `h_row` numbers. `size` is a multiple of STEPS, not zero.
     """
-    # A sum waits some steps for its last addition: twelve of them keep the processor busy.
+    # A sum waits some steps for its last addition: as many as registers hold keep the processor busy.
     sets = min(STEPS, SUMS // (rows * vectors))
 
     @intrinsic
@@ -84,8 +86,9 @@ def dot_tile(rows: int, neurons: int, unroll: int) -> Any:
     """h[r_i, j] += sum over k of x[r_i, k] w[j, k] over `size` numbers k, for `rows` listed rows r_i of x and h and
     `neurons` (a power of two, at most LANES) rows j of w.
 
-    The intrinsic's arguments are those of `panel_tile`; `size` is a multiple of `unroll` x LANES,
-    not zero.
+    The intrinsic's arguments are those of `panel_tile`; `size` is a multiple of `unroll` x LANES, not zero. Tiles of
+    several rows call w from `ahead` on into the L2 cache meanwhile, `size` numbers: nothing is read there, so it may be
+    anywhere.
     """
 
     @intrinsic

@@ -113,6 +113,13 @@ def rows(records: Sequence[Record], measured: Sequence[Record]) -> list[dict[str
     return table
 
 
+def measured_on(record: Record) -> str:
+    """What a time depends on beside the code, in words: processor, width of its vectors, versions of the engines."""
+    result = record.result
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    return f"{result['processor']}, vectors of {result['lanes']} float32 numbers; {versions}"
+
+
 def surface(records: Sequence[Record]) -> tuple[list[int], list[float], np.ndarray]:
     """Speed-up over the fastest dense engine (batches x activities, NaN where not measured) of the first network."""
     # The papers' own measure, at 18%, stands alone and would be a row and a column of its own.
