@@ -117,7 +117,8 @@ def measured_on(record: Record) -> str:
     """What a time depends on beside the code, in words: processor, width of its vectors, versions of the engines."""
     result = record.result
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    return f"{result['processor']}, vectors of {result['lanes']} float32 numbers; {versions}"
+    vectors = f", vectors of {result['lanes']} float32 numbers" if "lanes" in result else ""
+    return f"{result['processor']}{vectors}; {versions}"
 
 
 def surface(records: Sequence[Record]) -> tuple[list[int], list[float], np.ndarray]:

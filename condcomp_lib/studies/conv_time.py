@@ -12,7 +12,7 @@ from condcomp_lib.studies.conv_results import OURS, PAPER, SHARE
 from condcomp_lib.studies.joint_results import NOTEBOOK
 from condcomp_lib.studies.policy_results import no_answers
 
-RECIPE = 1
+RECIPE = 2
 REPEATS = {"quick": 3, "paper": 21}
 BATCHES = {"one": 1, "many": 64}
 
