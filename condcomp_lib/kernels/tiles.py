@@ -1,7 +1,8 @@
 """The register tiles that all time goes into, written as LLVM vectors because a compiler does not find them.
 
 They keep sums in vector registers for the whole inner loop, take flat arrays and offsets (in numbers, not bytes),
-check nothing, and run on any processor that LLVM knows; eight lanes fill one register of AVX2 and two of NEON.
+check nothing, and run on any processor that LLVM knows; eight lanes fill one register of AVX2 and two of
+NEON, sixteen one of AVX-512.
 """
 
 from collections.abc import Callable
