@@ -78,7 +78,7 @@ def bench_partitioners(
 
 @bench_app.command("blocks")
 def bench_blocks(
-    grid: Annotated[str, typer.Option(help="bars (about four minutes) or full (widths, groups, batches)")] = "bars",
+    grid: Annotated[str, typer.Option(help="bars (about three minutes) or full (widths, groups, batches)")] = "bars",
     repeats: Annotated[int, typer.Option(min=3, help="times each engine is measured, in turn")] = 21,
     json_file: JsonFile = None,
 ) -> None:
