@@ -44,6 +44,7 @@ NAMES = (
     "joint-time",
     "conv",
     "conv-time",
+    "explorer",
 )
 
 NOISE = "noise"  # stands for a data set where runs only measure time: standard normal numbers
