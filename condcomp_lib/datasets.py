@@ -167,6 +167,21 @@ def check(name: str, folders: Sequence[Path] | None = None) -> list[str]:
     return lines + absent
 
 
+def present(name: str) -> bool:
+    """Whether all files of a data set's standard protocol lie here; none is read.
+
+    >>> present("digits")
+    True
+    """
+    if _source(name, "standard").kind == "embedded":
+        return True
+    try:
+        _locate(name, "standard", None, download=False)
+    except _Missing:
+        return False
+    return True
+
+
 class _Missing(DataError):
     """Files are not there, which `check` forgives where `load` does not."""
 

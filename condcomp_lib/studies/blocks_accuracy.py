@@ -20,7 +20,7 @@ from condcomp_lib.studies.policy_results import DENSE, TUNED, WARM, by_method, n
 from condcomp_lib.targets import MLP, multiply_adds
 from condcomp_lib.training import obtain_control, obtain_target
 
-RECIPE = 2
+RECIPE = 3
 TAUS = {"quick": (0.25,), "paper": (0.1, 0.25, 0.5)}
 WIDTHS = {"digits": (8, 16, 32), "svhn": (64, 128, 192, 256, 288, 320)}
 MOVED = {"digits": (16, 32), "svhn": (192, 288)}  # of nets that learn from moved pictures, around equal compute

@@ -175,13 +175,17 @@ def untrained(settings: Mapping[str, Any], data: Dataset, artefacts: RunStore) -
     return LazyNetwork(target, partition, policy, Sample(starting), settings["rescale"], fill), trained
 
 
+def policy_of(settings: Mapping[str, Any]) -> RunSpec:
+    """The run that trains the policy of these settings, which does not depend on how it is measured."""
+    how = ("part", "split", "decision", "decision_draws", "blind_draws", "sample_draws", "sampled_examples")
+    return RunSpec("policies", POLICY_RECIPE, {key: value for key, value in settings.items() if key not in how})
+
+
 def learned(settings: Mapping[str, Any], data: Dataset, artefacts: RunStore) -> tuple[LazyNetwork, Record, Record]:
     """The lazy network of these settings with its policy (and weights, where they are fine-tuned) from the artefact
     cache, or trained now, at the asked activity; the records of its policy and target."""
-    how = ("part", "split", "decision", "decision_draws", "blind_draws", "sample_draws", "sampled_examples")
     lazy, trained = untrained(settings, data, artefacts)
-    named = {key: value for key, value in settings.items() if key not in how}
-    policy = obtain_policy(RunSpec("policies", POLICY_RECIPE, named), lazy, data, artefacts)
+    policy = obtain_policy(policy_of(settings), lazy, data, artefacts)
     return calibrated(lazy, torch.from_numpy(data.valid.x), settings["rates"]), policy, trained
 
 
