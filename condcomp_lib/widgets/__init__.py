@@ -117,8 +117,8 @@ class Explorer:
 
     Arguments: `controls` by the name that their value has in the state; `show` from a state to a picture (PNG) and
     numbers (HTML); `measure` from a state to more numbers that take longer, a timing for example: asked in a thread of
-    its own when the controls have been at rest, never in a notebook that nobody touches; `adapt` is told a state before
-    it is shown and may change the controls.
+    its own when the controls have been at rest, never in a notebook that nobody touches, after which the state is shown
+    again; `adapt` is told a state before it is shown and may change the controls.
 
     An error of `show` or `measure` stands in one line in place of the numbers, and is raised.
     """
@@ -186,6 +186,7 @@ class Explorer:
         self.measured.value = note("Measuring; the first time on a machine the kernels are compiled, some seconds ...")
         try:
             self.measured.value = self._measure(self.state)
+            self.picture.value, _ = self._show(self.state)
         except Exception as error:
             self.measured.value = fault(error)
             raise

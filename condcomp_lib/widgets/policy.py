@@ -1,0 +1,155 @@
+"""The policy explorer: how far one estimate of a policy's gradient lies from the exact one."""
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch.nn.functional import cross_entropy
+
+from condcomp_lib import datasets, paths, studies, widgets
+from condcomp_lib.estimators import Estimator, Minibatch
+from condcomp_lib.estimators.exact import Bias, compare, exact_cost, gradient
+from condcomp_lib.estimators.pathwise import GaussianNoise, GumbelSigmoid, Pathwise
+from condcomp_lib.lazy import LazyNetwork
+from condcomp_lib.partitions import make_partition
+from condcomp_lib.plots import BLUE, GREY, VERMILION
+from condcomp_lib.policies import Policy, Pool, Sample
+from condcomp_lib.runs import RunStore
+from condcomp_lib.studies import policies_bias as study
+from condcomp_lib.studies import targets
+from condcomp_lib.training import obtain_target
+from condcomp_lib.widgets import Canvas, Choice, Explorer, State
+
+ESTIMATES = 100  # more than the policy has weights, which a joint test needs
+NOISY: dict[str, tuple[str, Any]] = {  # what the temperature means to those that have one
+    "Gumbel-sigmoid": ("temperature", lambda value: lambda draws: GumbelSigmoid(draws, temperature=value)),
+    "Gaussian noise": ("deviation", lambda value: lambda draws: GaussianNoise(draws, deviation=value)),
+}
+SHOWN = tuple(name for name in study.ESTIMATORS if "DPG" not in name)  # a critic would have to learn first
+
+
+@dataclass(frozen=True)
+class Estimated:
+    """Estimates of one gradient, in parts of the exact one's length: `along` its direction (estimates), where 1 is
+    right, and how far off it `across` (estimates); their mean's bias and their spread."""
+
+    along: np.ndarray
+    across: np.ndarray
+    bias: Bias
+
+
+@functools.cache
+def network() -> LazyNetwork:
+    """The network that study `policies-bias` measures estimators on: digits, small enough to try every mask."""
+    data, settings = datasets.load("digits"), study.specs("quick")[-1].settings
+    target, _ = obtain_target(targets.target_of(settings), data, RunStore(paths.artefacts("quick")))
+    draws = torch.Generator().manual_seed(0)
+    partition = make_partition("balanced", target.hidden, settings["groups"], draws, "layer")
+    policy = Policy(partition, data.train.x.shape[1], Pool(data.shape, study.POOL), draws)
+    return LazyNetwork(target.requires_grad_(False), partition, policy, Sample(draws))
+
+
+@functools.lru_cache(maxsize=128)
+def minibatch(examples: int) -> tuple[Minibatch, np.ndarray]:
+    """So many training examples, and the exact gradient of their cost in the policy's weights."""
+    data = datasets.load("digits")
+    x, y = (torch.from_numpy(part[:examples]) for part in (data.train.x, data.train.y))
+    made = Minibatch(network(), x, lambda found: cross_entropy(found.scores, y, reduction="none"))
+    return made, gradient(exact_cost(made), made)
+
+
+def estimator(name: str, temperature: float) -> Estimator:
+    """An estimator by the name that the study gives it; the temperature is left aside by those that have none."""
+    if name not in NOISY:
+        return study.ESTIMATORS[name]()
+    return Pathwise(NOISY[name][1](temperature))
+
+
+def estimated(state: State) -> Estimated:
+    """What the state comes to: "estimator", "temperature" (hundredths), "examples" of a minibatch."""
+    made, exact = minibatch(state["examples"])
+    own, draws = estimator(state["estimator"], state["temperature"] / 100), torch.Generator().manual_seed(0)
+    found = np.stack([gradient(own(made, draws).loss, made) for _ in range(ESTIMATES)]) / np.linalg.norm(exact)
+    unit = exact / np.linalg.norm(exact)
+    along = found @ unit
+    return Estimated(along, np.linalg.norm(found - along[:, None] * unit, axis=1), compare(found, unit))
+
+
+class Scene:
+    """The explorer's figure: single estimates about the exact gradient, and bias against spread of all estimators."""
+
+    def __init__(self) -> None:
+        with widgets.styled():
+            self.figure = Figure(figsize=(9.4, 4.1))
+            left, right = self.figure.subplots(1, 2)
+            self.figure.subplots_adjust(left=0.07, right=0.985, bottom=0.13, top=0.86, wspace=0.22)
+            left.plot([1], [0], "*", color="black", markersize=13, label="exact gradient", clip_on=False)
+            left.axvline(0, color=GREY, linewidth=0.8)
+            (self.points,) = left.plot([0], [0], "o", color=BLUE, markersize=4, alpha=0.5, label="one estimate")
+            (self.mean,) = left.plot([0], [0], "D", color=VERMILION, markersize=8, label="mean estimate")
+            left.set(xlim=(-2, 4), ylim=(-0.12, 4), xlabel="along the exact gradient (its length is 1)")
+            left.set(ylabel="off its direction")
+            left.legend(loc="upper right", fontsize=8)
+            for record in studies.records("policies-bias", "paper", partial=True):
+                result, name = record.result, record.spec.settings["estimator"]
+                if record.spec.settings["scope"] == "layer" and name in SHOWN and result["deviation"]:
+                    right.plot(result["deviation"], result["bias"], "o", color=GREY, markersize=4)
+                    low = name == "REINFORCE, mean"  # its point lies on that of the normalised one
+                    right.annotate(name, (result["deviation"], result["bias"]), (4, -9 if low else 3),
+                                   textcoords="offset points", fontsize=7, color=GREY)  # fmt: skip
+            (self.here,) = right.plot([1], [1], "o", color=VERMILION, markersize=9, clip_on=False)
+            right.set(xscale="log", yscale="log", xlim=(0.03, 10), ylim=(0.005, 4))
+            right.set(xlabel="standard deviation of one estimate", ylabel="bias (what no number of samples removes)")
+            for axis in (right.xaxis, right.yaxis):
+                axis.set_major_formatter("{x:g}")
+            right.set_title("grey: stored, 10,000 estimates, 8 examples", fontsize=9)
+            self.title = self.figure.text(0.012, 0.985, "", va="top", fontsize=11, weight="bold")
+            self.canvas = Canvas(self.figure, [self.points, self.mean, self.here, self.title])
+
+    def png(self, found: Estimated, title: str) -> bytes:
+        """The picture of these estimates."""
+        self.points.set_data(found.along, found.across)
+        off = max(found.bias.bias**2 - (found.along.mean() - 1) ** 2, 0) ** 0.5
+        self.mean.set_data([found.along.mean()], [off])
+        self.here.set_data([max(found.bias.deviation, 0.03)], [max(found.bias.bias, 0.005)])
+        self.title.set_text(title)
+        return self.canvas.png()
+
+
+_scene = functools.cache(Scene)
+
+
+def shown(state: State) -> tuple[bytes, str]:
+    """The picture and the numbers of a state."""
+    found = estimated(state)
+    name, own = state["estimator"], found.bias
+    noisy = f", {NOISY[name][0]} {state['temperature'] / 100:.2f}" if name in NOISY else ""
+    told = "a bias" if own.p_value < study.LEVEL else "no bias can be told"
+    rows = [
+        (f"{ESTIMATES} estimates of one gradient", "in parts of its length"),
+        ("bias of their mean", f"{own.bias:.2f} (its standard error alone: {own.noise:.2f})"),
+        ("standard deviation of one estimate", f"{own.deviation:.2f}"),
+        ("cosine of mean and exact gradient", f"{own.cosine:.3f}"),
+        ("joint test of all weights", f"{told} (p = {own.p_value:.2g})"),
+    ]
+    title = f"{name}{noisy}, {state['examples']} examples: bias {own.bias:.2f}, spread {own.deviation:.2f}"
+    return _scene().png(found, title), widgets.table(rows)
+
+
+def adapt(state: State, controls: Mapping[str, Any]) -> None:
+    """The temperature can be moved where the estimator has one."""
+    controls["temperature"].disabled = state["estimator"] not in NOISY
+
+
+def explore(estimator: str = "Gumbel-sigmoid", temperature: int = 50, examples: int = 8) -> Explorer:
+    """The policy explorer at an estimator, a temperature (hundredths) and so many examples of a minibatch."""
+    controls = {
+        "estimator": Choice("estimator", dict.fromkeys(SHOWN), estimator),
+        "temperature": widgets.slider("temperature / 100", temperature, 5, 300),
+        "examples": widgets.slider("examples", examples, 2, 64),
+    }
+    return Explorer(controls, shown, adapt=adapt)
