@@ -7,6 +7,7 @@ import os
 import sys
 import tempfile
 import time
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -212,6 +213,27 @@ def verdicts(
         typer.echo(f"{len(changed)} verdicts recorded anew: {', '.join(changed) or 'none'}")
     else:
         claims.check_verdicts(judged, profile)
+
+
+@app.command()
+def explore(
+    port: Annotated[int, typer.Option(help="the next free one is taken where it is in use")] = 8866,
+    browser: Annotated[bool, typer.Option(help="open the system's browser")] = True,
+) -> None:
+    """Open the sparsity explorer alone, in the browser."""
+    from condcomp_lib import pages
+
+    pages.explore(port, browser)
+
+
+@app.command()
+def site(
+    output: Annotated[Path | None, typer.Option(help="folder; default: build/site")] = None,
+) -> None:
+    """Write the executed notebooks as plain HTML pages, with an index; they need no network."""
+    from condcomp_lib import pages
+
+    typer.echo(f"{len(pages.write_site(output))} pages: {output or paths.build() / 'site'}")
 
 
 @data_app.command()

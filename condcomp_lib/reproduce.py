@@ -28,6 +28,7 @@ from traitlets.config import Config
 from condcomp_lib import manifest, paths, studies
 from condcomp_lib.errors import CondcompError, UsageError, unknown
 from condcomp_lib.files import write_atomically
+from condcomp_lib.widgets import VIEW
 
 TYPES: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (float, int), "bool": (bool,)}
 
@@ -173,13 +174,14 @@ def write_reference(execution: Execution, folder: Path | None = None) -> Path:
     """
     notebook = nbformat.read(execution.output, as_version=4)
     notebook.metadata.pop("papermill", None)
-    notebook.metadata.pop("widgets", None)  # a widget's state means nothing without its kernel
+    notebook.metadata.pop("widgets", None)
     for cell in notebook.cells:
         if "injected-parameters" in cell.metadata.get("tags", []):
             raise NotebookError(f"{execution.notebook} was executed with injected parameters; a reference uses its own")
         for key in ("papermill", "execution"):
             cell.metadata.pop(key, None)
         for output in cell.get("outputs", []):
+            output.get("data", {}).pop(VIEW, None)  # a widget means nothing without its kernel; its picture stays
             if "image/png" in output.get("data", {}):
                 output.data["image/png"] = light(output.data["image/png"])
         if not cell.metadata.get("tags", ["keep"]):

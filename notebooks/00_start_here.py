@@ -74,6 +74,25 @@ example: int = 3  # which test digit to look at (0 to 359)
 # nothing is worth saving unless the answer stays right. Everything in this companion is about those two conditions.
 
 # %% [markdown]
+# ## Move a slider
+#
+# Before any detail: a trained network, and the share of its neurons that are evaluated under your finger. A policy has
+# learned which of 50 groups in each layer an input needs. Run the cell (*Run > Run All Cells*), and drag: the left
+# side shows what the accuracy does, the right side what is evaluated for one example, and for which class. Where no
+# kernel runs, you see a picture of it.
+
+# %%
+from condcomp_lib.widgets import sparsity
+
+sparsity.explore(activity=25, example=example)
+
+# %% [markdown]
+# Try: how low can the activity go before the answers change? Does a random partition do as well as one from
+# coactivation? And what is the time below the picture, which is measured on your machine once a slider rests, worth on
+# a network this small? (All curves are of stored runs; the networks in your hands are one of them, with weights of 8 bits. One
+# policy was trained, at 15% activity; other activities ask the same policy for more or fewer groups.)
+
+# %% [markdown]
 # ## Train a network on digits
 #
 # The live part of each notebook uses the 8 x 8 digits that come with scikit-learn: 1,077 to train on, 360 to choose

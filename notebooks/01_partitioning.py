@@ -624,6 +624,17 @@ tables.save_table(table, "ladder_budget_table", climbed, profile)
 display(Markdown(tables.markdown(table)))
 
 # %% [markdown]
+# ## Explore partitions
+#
+# Split a small network in your own way, and see what an oracle, which ranks groups by what they contribute, can keep with it:
+# before any policy is trained, and a bound for none. Left: which neurons fire together, in the order of the groups.
+
+# %%
+from condcomp_lib.widgets import partition as partition_explorer
+
+partition_explorer.explore(groups=16, activity=25)
+
+# %% [markdown]
 # ## Judge the claims
 #
 # With three targets an interval reaches about from the lowest to the highest of them, so a verdict says little more than

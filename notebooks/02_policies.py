@@ -469,6 +469,25 @@ tables.save_table(table, "policies_search_table", searched, profile)
 display(Markdown(tables.markdown(table)))
 
 # %% [markdown]
+# ## Explore estimators and decisions
+#
+# A hundred estimates of one gradient on the network of "Bias and variance" above, whose every mask can be tried. Larger
+# minibatches lower the spread and no bias; Gumbel-sigmoid trades one for the other by its temperature.
+
+# %%
+from condcomp_lib.widgets import policy as policy_explorer
+
+policy_explorer.explore()
+
+# %% [markdown]
+# And what a trained policy does at inference: sampled, by calibrated thresholds or by a budget, at any activity.
+
+# %%
+from condcomp_lib.widgets import sparsity
+
+sparsity.explore(activity=15)
+
+# %% [markdown]
 # ## Judge the claims
 #
 # With three targets an interval reaches about from the lowest to the highest of them; a verdict says that all three

@@ -237,6 +237,17 @@ plots.save_figure(fig, "coactivation_ingoing", records, profile)
 plt.show()
 
 # %% [markdown]
+# ## Explore coactivation
+#
+# Each network as its training goes on, in each order. Those on digits are trained when they are chosen (seconds); of the
+# networks on SVHN the store keeps the order by mean on the way, and all orders at the end.
+
+# %%
+from condcomp_lib.widgets import coactivation as coactivation_explorer
+
+coactivation_explorer.explore()
+
+# %% [markdown]
 # ## Judge the claims
 #
 # Differences are paired by seed. With three seeds an interval reaches about from the lowest to the highest.

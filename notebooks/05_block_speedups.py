@@ -237,6 +237,18 @@ tables.save_table(table, "blocks_accuracy_table", [*trained, *widest], profile)
 display(Markdown(tables.markdown(table)))
 
 # %% [markdown]
+# ## Explore speed
+#
+# Your machine instead of ours: when a slider rests, the network in question is compiled and timed beside the dense engines
+# (a second; the very first time the kernels are compiled, too), and its point appears between the line of the multiply-adds
+# and the stored runs.
+
+# %%
+from condcomp_lib.widgets import speed as speed_explorer
+
+speed_explorer.explore()
+
+# %% [markdown]
 # ## Judge the claims
 #
 # A speed-up must lie above its level in both runs; the interval is that of the slower run's repeats, on one machine.

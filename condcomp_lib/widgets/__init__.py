@@ -16,6 +16,7 @@ import ipywidgets
 import matplotlib as mpl
 import traitlets
 from matplotlib.artist import Artist
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
@@ -24,8 +25,8 @@ from condcomp_lib import plots
 from condcomp_lib.errors import unknown
 
 State = Mapping[str, Any]
-DPI, REST_SECONDS = 90, 0.3  # controls at rest so long are worth a measurement
 VIEW = "application/vnd.jupyter.widget-view+json"
+DPI, REST_SECONDS = 90, 0.3  # controls at rest so long are worth a measurement
 
 
 class Canvas:
@@ -131,11 +132,12 @@ class Explorer:
         adapt: Callable[[State, Mapping[str, Any]], None] | None = None,
     ) -> None:
         self.controls, self._show, self._measure, self._adapt = controls, show, measure, adapt
-        self.picture = ipywidgets.Image(format="png", layout={"max_width": "100%", "object_fit": "contain"})
+        self.picture = ipywidgets.Image(format="png", layout={"max_width": "100%", "align_self": "flex-start"})
         self.numbers, self.measured = ipywidgets.HTML(), ipywidgets.HTML()
         if measure:
             self.measured.value = note("Move a control, and time is measured here, on this machine.")
-        self.box = ipywidgets.VBox([*controls.values(), self.picture, self.numbers, self.measured])
+        below = ipywidgets.HBox([self.numbers, self.measured], layout={"flex_flow": "row wrap", "grid_gap": "0 40px"})
+        self.box = ipywidgets.VBox([*controls.values(), self.picture, below])
         self.box.add_class("condcomp-explorer")
         self._waiting: asyncio.TimerHandle | None = None
         self._worker, self._adapting = ThreadPoolExecutor(1), False
@@ -203,6 +205,22 @@ def slider(description: str, value: int, least: int, most: int) -> ipywidgets.In
         value, least, most, description=description, continuous_update=True, style={"description_width": "90px"},
         layout={"width": "min(560px, 95%)"},
     )  # fmt: skip
+
+
+def selector(description: str, options: Sequence[int], value: int) -> ipywidgets.SelectionSlider:
+    """A slider over some whole numbers."""
+    return ipywidgets.SelectionSlider(
+        options=list(options), value=value, description=description, style={"description_width": "90px"},
+        layout={"width": "min(560px, 95%)"},
+    )  # fmt: skip
+
+
+def activity_axis(ax: Axes) -> None:
+    """Make the x axis one of activity, from 2% to 100%."""
+    ax.set(xscale="log", xlim=(1.9, 105), xlabel="activity (% of hidden neurons evaluated)")
+    ticks = (2, 5, 10, 25, 50, 100)
+    ax.set_xticks(ticks, [str(tick) for tick in ticks])
+    ax.minorticks_off()
 
 
 def note(text: str) -> str:

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import ipywidgets
 import numpy as np
 import torch
 from matplotlib.colors import PowerNorm
@@ -152,13 +151,9 @@ def explore(names_of: Sequence[str] | None = None) -> Explorer:
     """The coactivation explorer, over all networks or those named."""
     options = list(names_of or names())
     epochs = list(course(options[0]))
-    slider = ipywidgets.SelectionSlider(
-        options=epochs, value=epochs[-1], description="epoch", style={"description_width": "90px"},
-        layout={"width": "min(560px, 95%)"},
-    )  # fmt: skip
     controls = {
         "network": Choice("network", dict.fromkeys(options)),
-        "epoch": slider,
+        "epoch": widgets.selector("epoch", epochs, epochs[-1]),
         "order": Choice("order", dict.fromkeys(ORDERS), "hierarchical"),
     }
     return Explorer(controls, shown, adapt=adapt)

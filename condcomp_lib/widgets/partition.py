@@ -120,10 +120,8 @@ class Scene:
             (self.here,) = right.plot(
                 [50], [0.5], "o", color=VERMILION, markersize=9, clip_on=False, label="here and now"
             )
-            right.set(xscale="log", xlim=(1.9, 105), ylim=(0, 1.03), ylabel="accuracy on validation examples",
-                      xlabel="activity (% of hidden neurons evaluated)")  # fmt: skip
-            right.set_xticks((2, 5, 10, 25, 50, 100), ["2", "5", "10", "25", "50", "100"])
-            right.minorticks_off()
+            widgets.activity_axis(right)
+            right.set(ylim=(0, 1.03), ylabel="accuracy on validation examples")
             right.legend(loc="lower right", fontsize=8)
             self.title = self.figure.text(0.012, 0.985, "", va="top", fontsize=11, weight="bold")
             moving = [self.image, self.borders, self.base, self.curve, self.here, self.title]

@@ -1,5 +1,6 @@
 """The sparsity explorer: what a network keeps of its accuracy, and saves, at the activity under one's fingers."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,6 +28,7 @@ from condcomp_lib.widgets.sparsity_data import (
     pretrainings,
 )
 
+CHOICES = ("dataset", "pretraining", "partitioner", "decision")  # of a state, on which all but the sliders depends
 TIMED, REPEATS = 64, 5
 # The papers' errors on these data by id, each with the activity (in percent) that their texts give for it.
 PUBLISHED = {"mnist": {"Fs42.01": 100 / 16, "Ds4.02": 30.0}}
@@ -62,11 +64,8 @@ class Scene:
             assert row.value is not None
             ax.plot(share, 1 - row.value / 100, "D", color="black", markersize=4.5, clip_on=False,
                     label="published, other widths (test data)" if not index else None)  # fmt: skip
-        ax.set(xscale="log", xlim=(1.9, 105), ylim=(0, 1.03), xlabel="activity (% of hidden neurons evaluated)")
-        ax.set(ylabel="accuracy on validation examples")
-        ticks = (2, 5, 10, 25, 50, 100)
-        ax.set_xticks(ticks, [str(tick) for tick in ticks])
-        ax.minorticks_off()
+        widgets.activity_axis(ax)
+        ax.set(ylim=(0, 1.03), ylabel="accuracy on validation examples")
         (self.here,) = ax.plot([50], [0.5], "o", color=VERMILION, markersize=9, label="here and now", clip_on=False)
         ax.legend(loc="lower right", fontsize=8)
         return [self.here]
@@ -131,15 +130,14 @@ def strips(found: Explored, membership: Sequence[Tensor]) -> np.ndarray:
     return rows
 
 
-_SCENES: dict[tuple[str, ...], Scene] = {}
+@functools.lru_cache(maxsize=1)  # one at a time: a figure of images takes megabytes
+def _scene(*chosen: str) -> Scene:
+    return Scene(dict(zip(CHOICES, chosen, strict=True)))
 
 
 def shown(state: State) -> tuple[bytes, str]:
     """The picture and the numbers of a state."""
-    found, key = explored(state), (*names(state), state["decision"])
-    if key not in _SCENES:
-        _SCENES.clear()  # one at a time: a figure of images takes megabytes
-        _SCENES[key] = Scene(state)
+    found = explored(state)
     stored = f"{found.stored.format(3)}, {found.stored.n} runs" if found.stored else "none stored"
     examples = f"{len(network(*names(state)).x):,} validation examples"
     rows = [
@@ -149,7 +147,7 @@ def shown(state: State) -> tuple[bytes, str]:
         ("activity", f"{100 * found.activity:.1f}%", "100%"),
         ("compute, policy included", f"{100 * found.compute:.1f}%", "100%"),
     ]
-    return _SCENES[key].png(state, found), widgets.table(rows)
+    return _scene(*(state[name] for name in CHOICES)).png(state, found), widgets.table(rows)
 
 
 def measured(state: State) -> str:

@@ -4,7 +4,6 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-import ipywidgets
 import numpy as np
 import torch
 from matplotlib.figure import Figure
@@ -78,16 +77,15 @@ class Scene:
                     label="by multiply-adds, policy included")  # fmt: skip
             if known:
                 ax.plot([100 * share for share in known], list(known.values()), "o-", color=GREY, markersize=4,
-                        linewidth=1, label="stored: another machine's, width 800, 16 groups")  # fmt: skip
+                        linewidth=1, label="stored runs, width 800, 16 groups")  # fmt: skip
             ax.axhline(1, color="black", linewidth=0.8, linestyle=":")
             (self.points,) = ax.plot([1], [1], "o", color=BLUE, markersize=6, label="measured here")
             (self.here,) = ax.plot([1, 1], [0.1, 100], color=VERMILION, linewidth=1.4, label="activity asked for")
-            ax.set(xscale="log", yscale="log", xlim=(1.9, 105), ylim=(0.3, 40))
-            ax.set(xlabel="activity (% of hidden neurons evaluated)", ylabel="speed-up over the fastest dense engine")
-            ax.set_xticks((2, 5, 10, 25, 50, 100), ["2", "5", "10", "25", "50", "100"])
+            widgets.activity_axis(ax)
+            ax.set(yscale="log", ylim=(0.3, 40), ylabel="speed-up over the fastest dense engine")
             ax.set_yticks((0.5, 1, 2, 5, 10, 20), ["0.5", "1", "2", "5", "10", "20"])
             ax.minorticks_off()
-            ax.legend(loc="upper right", fontsize=8)
+            ax.legend(loc="lower left", fontsize=8)
             self.title = self.figure.text(0.012, 0.985, "", va="top", fontsize=11, weight="bold")
             self.canvas = Canvas(self.figure, [self.points, self.here, self.title])
 
@@ -156,19 +154,12 @@ def measured(state: State) -> str:
     )
 
 
-def _selected(description: str, options: tuple[int, ...], value: int) -> Any:
-    return ipywidgets.SelectionSlider(
-        options=options, value=value, description=description, style={"description_width": "90px"},
-        layout={"width": "min(560px, 95%)"},
-    )  # fmt: skip
-
-
 def explore(width: int = 800, groups: int = 16, batch: int = 1, activity: int = 25) -> Explorer:
     """The speed explorer, at a width, a number of groups, examples at a time, and an activity (percent)."""
     controls: Mapping[str, Any] = {
-        "width": _selected("width", WIDTHS, width),
-        "groups": _selected("groups", GROUPS, groups),
-        "batch": _selected("examples", BATCHES, batch),
+        "width": widgets.selector("width", WIDTHS, width),
+        "groups": widgets.selector("groups", GROUPS, groups),
+        "batch": widgets.selector("examples", BATCHES, batch),
         "activity": widgets.slider("activity, %", activity, 2, 100),
     }
     return Explorer(controls, shown, measured)
