@@ -7,7 +7,7 @@ BIN := .venv/bin
 JOBS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce paper reference test lint unit notebooks browser lab bench lock readme clean
+.PHONY: help setup reproduce paper reference test lint unit notebooks browser lab explore site bench lock readme clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -60,6 +60,12 @@ browser: setup ## open JupyterLab in a real browser (skipped, with the reason, w
 
 lab: setup ## open JupyterLab on the start page
 	$(BIN)/jupyter lab notebooks/00_start_here.ipynb
+
+explore: setup ## open the sparsity explorer alone
+	$(BIN)/condcomp explore
+
+site: setup ## write the executed notebooks as HTML pages to build/site/
+	$(BIN)/condcomp site
 
 bench: setup ## measure speed on this machine (the training benchmark needs SVHN)
 	$(BIN)/condcomp bench store

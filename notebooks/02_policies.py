@@ -471,8 +471,8 @@ display(Markdown(tables.markdown(table)))
 # %% [markdown]
 # ## Explore estimators and decisions
 #
-# A hundred estimates of one gradient on the network of "Bias and variance" above, whose every mask can be tried. Larger
-# minibatches lower the spread and no bias; Gumbel-sigmoid trades one for the other by its temperature.
+# Estimates of one gradient on the network of "Bias and variance" above, whose every mask can be tried. Averaging many lowers
+# the spread and no bias; Gumbel-sigmoid trades one for the other by its temperature.
 
 # %%
 from condcomp_lib.widgets import policy as policy_explorer

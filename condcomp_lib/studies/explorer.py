@@ -5,7 +5,7 @@ activity by three ways to decide; the first seed's also carry the rounded weight
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,10 +104,10 @@ def examples(data: Dataset) -> tuple[Tensor, Tensor]:
 def decided(
     lazy: LazyNetwork, decision: str, activity: float, x: Tensor, first: Tensor | None = None, seed: int = 0
 ) -> LazyNetwork:
-    """`lazy` at an activity in (0, 1], spread over the layers as in study `policies`: by a budget of groups, by
-    thresholds calibrated on `x` (`first` its first pre-activations where known), or by sampling with `seed` from
-    probabilities whose logits are shifted, by as much for every example and group of a gate."""
-    rates = policies.rates_for(activity, lazy.target.hidden)
+    """`lazy` at an activity in (0, 1], spread over the layers as `rates_of` says: by a budget of groups, by thresholds
+    calibrated on `x` (`first` its first pre-activations where known), or by sampling with `seed` from probabilities
+    whose logits are shifted, by as much for every example and group of a gate."""
+    rates = rates_of(activity, lazy.target.hidden)
     if decision == BUDGETED:
         return decided_by(lazy, Budget.of(rates, lazy.partition, lazy.policy))
     if decision == CALIBRATED:
@@ -118,6 +118,21 @@ def decided(
         logits = evaluate(decided_by(lazy, drawing), x, first).logits
         shifts.append(shift_for(lazy.partition.by_gate(logits)[gate], rate))
     return decided_by(lazy, Shifted(tuple(shifts), torch.Generator().manual_seed(seed)))
+
+
+def rates_of(activity: float, hidden: Sequence[int]) -> list[float]:
+    """The share of each layer that an activity stands for: spread as in study `policies`, and what a layer that is
+    evaluated whole cannot take goes to the others.
+
+    >>> rates_of(0.25, [200, 200]), rates_of(0.9, [200, 200])
+    ([0.3, 0.2], [1.0, 0.8])
+    """
+    widths, rates = np.array(hidden, float), np.array(policies.rates_for(activity, hidden))
+    while (lacks := activity * widths.sum() - rates @ widths) > 1e-9:
+        open_ones = rates < 1
+        rates[open_ones] *= 1 + lacks / (rates @ (widths * open_ones))
+        rates = rates.clip(max=1)
+    return rates.round(6).tolist()
 
 
 @dataclass(frozen=True)
@@ -136,8 +151,8 @@ class Shifted:
 def shift_for(logits: Tensor, rate: float) -> float:
     """What to add to `logits` (float32, examples x groups) so that their mean probability is `rate`.
 
-    >>> round(shift_for(torch.zeros(1, 1), 0.5), 3)
-    0.0
+    >>> round(shift_for(torch.zeros(1, 1), 0.9), 3)
+    2.197
     """
     low, high = -60.0, 60.0
     for _ in range(HALVINGS):

@@ -7,6 +7,7 @@ tests call without any widget. Where no kernel runs, the picture of the first st
 import asyncio
 import base64
 import contextlib
+import html
 import io
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -88,8 +89,8 @@ class Choice(ipywidgets.VBox):
         wanted, self.options = value or self.value, dict(options)
         self.buttons = {name: self._button(name, reason) for name, reason in options.items()}
         self.row.children = tuple(self.buttons.values())
-        reasons = "<br>".join(f"{name}: {reason}" for name, reason in options.items() if reason)
-        self.note.value = f"<span style='color:#666;font-size:12px'>{reasons}</span>"
+        reasons = [f"{name}: {reason}" for name, reason in options.items() if reason]
+        self.note.value = "<br>".join(note(html.escape(reason)) for reason in reasons)
         self.note.layout.display = None if reasons else "none"
         self.value = wanted if wanted in possible else possible[0]
         self._mark()
@@ -230,7 +231,7 @@ def note(text: str) -> str:
 
 def fault(error: Exception) -> str:
     """An error in one line (HTML)."""
-    return f"<span style='color:#b00020'>{type(error).__name__}: {error}</span>"
+    return f"<span style='color:#b00020'>{html.escape(f'{type(error).__name__}: {error}')}</span>"
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

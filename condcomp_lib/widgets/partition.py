@@ -107,7 +107,7 @@ class Scene:
             self.figure = Figure(figsize=(9.4, 4.3))
             left, right = self.figure.subplots(1, 2, width_ratios=(1, 1.35))
             self.figure.subplots_adjust(left=0.05, right=0.985, bottom=0.125, top=0.86, wspace=0.18)
-            self.image = left.imshow(own.c, cmap="Blues", norm=PowerNorm(0.5, 0, 1), interpolation="nearest")
+            self.image = left.imshow(own.c.numpy(), cmap="Blues", norm=PowerNorm(0.5, 0, 1), interpolation="nearest")
             self.borders = left.add_collection(LineCollection([], colors=VERMILION, linewidths=0.6))
             left.set(xticks=[], yticks=[], xlabel="neurons, group after group", ylabel="neurons")
             left.spines[:].set_visible(True)
@@ -132,7 +132,7 @@ class Scene:
         members = torch.cat(found.partition.membership)
         order, ends = members.argsort(stable=True), torch.bincount(members).cumsum(0)[:-1].numpy() - 0.5
         n = len(order) - 0.5
-        self.image.set_data(own.c[order][:, order])
+        self.image.set_data(own.c[order][:, order].numpy())
         self.borders.set_segments([((at, -0.5), (at, n)) for at in ends] + [((-0.5, at), (n, at)) for at in ends])
         self.curve.set_data(100 * found.activity, found.accuracy)
         self.base.set_data(100 * chance.activity, chance.accuracy)

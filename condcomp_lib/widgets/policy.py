@@ -24,7 +24,8 @@ from condcomp_lib.studies import targets
 from condcomp_lib.training import obtain_target
 from condcomp_lib.widgets import Canvas, Choice, Explorer, State
 
-ESTIMATES = 100  # more than the policy has weights, which a joint test needs
+ESTIMATES = 150  # more than the policy has weights, which a joint test needs
+POINTS = 100  # averages that are drawn
 NOISY: dict[str, tuple[str, Any]] = {  # what the temperature means to those that have one
     "Gumbel-sigmoid": ("temperature", lambda value: lambda draws: GumbelSigmoid(draws, temperature=value)),
     "Gaussian noise": ("deviation", lambda value: lambda draws: GaussianNoise(draws, deviation=value)),
@@ -34,12 +35,14 @@ SHOWN = tuple(name for name in study.ESTIMATORS if "DPG" not in name)  # a criti
 
 @dataclass(frozen=True)
 class Estimated:
-    """Estimates of one gradient, in parts of the exact one's length: `along` its direction (estimates), where 1 is
-    right, and how far off it `across` (estimates); their mean's bias and their spread."""
+    """Averages of so many estimates of one gradient, in parts of the exact one's length: `along` its direction
+    (averages), where 1 is right, and how far off it `across` (averages); `bias` and spread of single estimates;
+    `spread` of the averages."""
 
     along: np.ndarray
     across: np.ndarray
     bias: Bias
+    spread: float
 
 
 @functools.cache
@@ -53,11 +56,11 @@ def network() -> LazyNetwork:
     return LazyNetwork(target.requires_grad_(False), partition, policy, Sample(draws))
 
 
-@functools.lru_cache(maxsize=128)
-def minibatch(examples: int) -> tuple[Minibatch, np.ndarray]:
-    """So many training examples, and the exact gradient of their cost in the policy's weights."""
+@functools.cache
+def minibatch() -> tuple[Minibatch, np.ndarray]:
+    """The study's training examples, and the exact gradient of their cost in the policy's weights."""
     data = datasets.load("digits")
-    x, y = (torch.from_numpy(part[:examples]) for part in (data.train.x, data.train.y))
+    x, y = (torch.from_numpy(part[: study.EXAMPLES]) for part in (data.train.x, data.train.y))
     made = Minibatch(network(), x, lambda found: cross_entropy(found.scores, y, reduction="none"))
     return made, gradient(exact_cost(made), made)
 
@@ -69,14 +72,26 @@ def estimator(name: str, temperature: float) -> Estimator:
     return Pathwise(NOISY[name][1](temperature))
 
 
+@functools.lru_cache(maxsize=64)
+def estimates(name: str, temperature: int) -> np.ndarray:
+    """ESTIMATES of the gradient (float64, estimates x weights) in parts of the exact one's length, the temperature in
+    hundredths."""
+    made, exact = minibatch()
+    own, draws = estimator(name, temperature / 100), torch.Generator().manual_seed(0)
+    found = np.stack([gradient(own(made, draws).loss, made) for _ in range(ESTIMATES)])
+    return found / np.linalg.norm(exact)
+
+
 def estimated(state: State) -> Estimated:
-    """What the state comes to: "estimator", "temperature" (hundredths), "examples" of a minibatch."""
-    made, exact = minibatch(state["examples"])
-    own, draws = estimator(state["estimator"], state["temperature"] / 100), torch.Generator().manual_seed(0)
-    found = np.stack([gradient(own(made, draws).loss, made) for _ in range(ESTIMATES)]) / np.linalg.norm(exact)
+    """What the state comes to: "estimator", "temperature" (hundredths), "average" of so many estimates."""
+    exact = minibatch()[1]
     unit = exact / np.linalg.norm(exact)
-    along = found @ unit
-    return Estimated(along, np.linalg.norm(found - along[:, None] * unit, axis=1), compare(found, unit))
+    found = estimates(state["estimator"], state["temperature"] if state["estimator"] in NOISY else 0)
+    picked = np.random.default_rng(0).integers(len(found), size=(POINTS, state["average"]))
+    averages, own = found[picked].mean(1), compare(found, unit)
+    along = averages @ unit
+    across = np.linalg.norm(averages - along[:, None] * unit, axis=1)
+    return Estimated(along, across, own, own.deviation / state["average"] ** 0.5)
 
 
 class Scene:
@@ -89,8 +104,8 @@ class Scene:
             self.figure.subplots_adjust(left=0.07, right=0.985, bottom=0.13, top=0.86, wspace=0.22)
             left.plot([1], [0], "*", color="black", markersize=13, label="exact gradient", clip_on=False)
             left.axvline(0, color=GREY, linewidth=0.8)
-            (self.points,) = left.plot([0], [0], "o", color=BLUE, markersize=4, alpha=0.5, label="one estimate")
-            (self.mean,) = left.plot([0], [0], "D", color=VERMILION, markersize=8, label="mean estimate")
+            (self.points,) = left.plot([0], [0], "o", color=BLUE, markersize=4, alpha=0.5, label="an average")
+            (self.mean,) = left.plot([0], [0], "D", color=VERMILION, markersize=8, label="mean of all estimates")
             left.set(xlim=(-2, 4), ylim=(-0.12, 4), xlabel="along the exact gradient (its length is 1)")
             left.set(ylabel="off its direction")
             left.legend(loc="upper right", fontsize=8)
@@ -102,20 +117,20 @@ class Scene:
                     right.annotate(name, (result["deviation"], result["bias"]), (4, -9 if low else 3),
                                    textcoords="offset points", fontsize=7, color=GREY)  # fmt: skip
             (self.here,) = right.plot([1], [1], "o", color=VERMILION, markersize=9, clip_on=False)
-            right.set(xscale="log", yscale="log", xlim=(0.03, 10), ylim=(0.005, 4))
-            right.set(xlabel="standard deviation of one estimate", ylabel="bias (what no number of samples removes)")
+            right.set(xscale="log", yscale="log", xlim=(0.03, 20), ylim=(0.005, 4))
+            right.set(xlabel="standard deviation of an average", ylabel="bias (averaging does not lower it)")
             for axis in (right.xaxis, right.yaxis):
                 axis.set_major_formatter("{x:g}")
-            right.set_title("grey: stored, 10,000 estimates, 8 examples", fontsize=9)
+            right.set_title("grey: stored, of single estimates, from 10,000 of them", fontsize=9)
             self.title = self.figure.text(0.012, 0.985, "", va="top", fontsize=11, weight="bold")
             self.canvas = Canvas(self.figure, [self.points, self.mean, self.here, self.title])
 
     def png(self, found: Estimated, title: str) -> bytes:
         """The picture of these estimates."""
         self.points.set_data(found.along, found.across)
-        off = max(found.bias.bias**2 - (found.along.mean() - 1) ** 2, 0) ** 0.5
-        self.mean.set_data([found.along.mean()], [off])
-        self.here.set_data([max(found.bias.deviation, 0.03)], [max(found.bias.bias, 0.005)])
+        mean = found.along.mean()
+        self.mean.set_data([mean], [max(found.bias.bias**2 - (mean - 1) ** 2, 0) ** 0.5])
+        self.here.set_data([max(found.spread, 0.03)], [max(found.bias.bias, 0.005)])
         self.title.set_text(title)
         return self.canvas.png()
 
@@ -132,11 +147,12 @@ def shown(state: State) -> tuple[bytes, str]:
     rows = [
         (f"{ESTIMATES} estimates of one gradient", "in parts of its length"),
         ("bias of their mean", f"{own.bias:.2f} (its standard error alone: {own.noise:.2f})"),
-        ("standard deviation of one estimate", f"{own.deviation:.2f}"),
+        ("standard deviation of one", f"{own.deviation:.2f}"),
+        (f"standard deviation of an average of {state['average']}", f"{found.spread:.2f}"),
         ("cosine of mean and exact gradient", f"{own.cosine:.3f}"),
         ("joint test of all weights", f"{told} (p = {own.p_value:.2g})"),
     ]
-    title = f"{name}{noisy}, {state['examples']} examples: bias {own.bias:.2f}, spread {own.deviation:.2f}"
+    title = f"{name}{noisy}, averages of {state['average']}: bias {own.bias:.2f}, spread {found.spread:.2f}"
     return _scene().png(found, title), widgets.table(rows)
 
 
@@ -145,11 +161,11 @@ def adapt(state: State, controls: Mapping[str, Any]) -> None:
     controls["temperature"].disabled = state["estimator"] not in NOISY
 
 
-def explore(estimator: str = "Gumbel-sigmoid", temperature: int = 50, examples: int = 8) -> Explorer:
-    """The policy explorer at an estimator, a temperature (hundredths) and so many examples of a minibatch."""
+def explore(estimator: str = "Gumbel-sigmoid", temperature: int = 50, average: int = 1) -> Explorer:
+    """The policy explorer at an estimator, a temperature (hundredths) and an average of so many estimates."""
     controls = {
         "estimator": Choice("estimator", dict.fromkeys(SHOWN), estimator),
         "temperature": widgets.slider("temperature / 100", temperature, 5, 300),
-        "examples": widgets.slider("examples", examples, 2, 64),
+        "average": widgets.slider("averaged", average, 1, 64),
     }
     return Explorer(controls, shown, adapt=adapt)
