@@ -1,13 +1,15 @@
 """Compiled lazy networks: skipped groups become saved time (*faster-models*, section 2.2, on an ordinary processor)."""
 
+import copy
 import itertools
+import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from condcomp_lib.errors import UsageError, unknown
 from condcomp_lib.kernels import convolutions, cpu, pack
@@ -19,26 +21,39 @@ BATCHES = ("one", "per-example", "shared")
 _FLOAT = np.dtype(np.float32)
 
 
-class FastLazy:
+class FastLazy(nn.Module):
     """A lazy network that `compile` has made fast: the same scores, in the time of what its masks ask for.
 
-    Called with inputs it returns their scores, as the lazy network does; `evaluate` returns the masks, too. It is a
-    copy: what is trained later does not reach it. Several threads may use it at a time; each has its own room to work
-    in, kept from call to call, so that only results are allocated.
+    Called with inputs it returns their scores, as the lazy network does; `evaluate` returns the masks, too. `lazy` is
+    the reference that it was compiled from, a copy: what is trained later reaches neither. Several threads may use it
+    at a time; each has its own room to work in, kept from call to call, so that only results are allocated. Pickled, it
+    is the reference, and compiled again where it arrives.
     """
 
     kernel = staticmethod(cpu.run)
 
-    def __init__(self, packed: Packed, batch: str, threads: int) -> None:
-        self.packed, self.batch, self.threads = packed, batch, threads
+    def __init__(self, packed: Packed, batch: str, threads: int, lazy: LazyNetwork, dtype: str) -> None:
+        super().__init__()
+        self.report: dict[str, Any] | None = None  # where it was converted from a user's network, see `conversion`
+        self.packed, self.batch, self.threads, self.lazy, self.dtype = packed, batch, threads, lazy, dtype
         self.inputs, self.classes = int(packed.meta[pack.INPUTS]), int(packed.meta[pack.CLASSES])
         self._most = {"one": 1, "per-example": cpu.ROWS, "shared": None}[batch]  # examples at a time
         self._rooms = threading.local()
         self._others = ThreadPoolExecutor(threads - 1, "condcomp") if threads > 1 else None
 
-    def __call__(self, x: Any) -> Any:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return compile, (self.lazy, self.batch, self.threads, self.dtype), {"report": self.report}
+
+    def forward(self, x: Any) -> Any:
+        """Scores, as by a call."""
+        return self(x)
+
+    def __call__(self, x: Any) -> Any:  # not by way of nn.Module, whose hooks would take a tenth of a small call
         """Scores (float32, examples x classes) of inputs `x` (examples x features): a tensor for a tensor, an array for
-        an array, which saves the two conversions."""
+        an array, which saves the two conversions. Of inputs with more dimensions the last one holds the features
+        (tokens), or else all but the first together (images)."""
+        if x.ndim != 2:
+            return self._shaped(x)
         rows = self._rows(x)
         scores = np.empty((len(rows), self.classes), np.float32)
         if self.threads == 1:
@@ -46,6 +61,14 @@ class FastLazy:
         else:
             self._divided(rows, scores, np.empty((len(rows), self.packed.bits), np.uint8), known=False)
         return scores if x.__class__ is np.ndarray else _like(x, scores)
+
+    def _shaped(self, x: Any) -> Any:
+        shape = tuple(x.shape)
+        if shape and shape[-1] == self.inputs:
+            return self(x.reshape(-1, self.inputs)).reshape(*shape[:-1], self.classes)
+        if len(shape) > 2 and math.prod(shape[1:]) == self.inputs:
+            return self(x.reshape(-1, self.inputs))
+        raise UsageError(f"inputs must be examples x {self.inputs} features, not {' x '.join(map(str, shape))}")
 
     def evaluate(self, x: Any, mask: Any = None) -> tuple[Any, Any]:
         """Scores, and the mask (bool, examples x bits) that was decided; with `mask` given, that one is evaluated and
@@ -149,13 +172,13 @@ def compile(lazy: LazyNetwork, batch: str = "per-example", threads: int = 1, dty
         raise unknown("batch", batch, BATCHES)
     if not isinstance(threads, int) or threads < 1:
         raise UsageError(f"threads must be a whole number of at least 1, not {threads}")
-    lazy = pack.checked(lazy, batch)
+    lazy = copy.deepcopy(pack.checked(lazy, batch)).requires_grad_(False)
     if isinstance(lazy.target, ConvNet):
         if (batch, dtype) not in (("one", "float32"), ("per-example", "float32")):
             raise UsageError('a conv net is compiled with batch "one" or "per-example" (the same) and dtype "float32", '
                              f'not with "{batch}" and "{dtype}"')  # fmt: skip
-        fast: FastLazy = FastFilters(convolutions.pack_filters(lazy), batch, threads)
+        fast: FastLazy = FastFilters(convolutions.pack_filters(lazy), batch, threads, lazy, dtype)
     else:
-        fast = FastLazy(pack.pack(lazy, dtype), batch, threads)
+        fast = FastLazy(pack.pack(lazy, dtype), batch, threads, lazy, dtype)
     fast(np.zeros((1, fast.inputs), np.float32))  # numba compiles or loads now, not at the first real call
     return fast

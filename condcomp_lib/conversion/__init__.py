@@ -1,0 +1,74 @@
+"""From a user's trained network to a lazy, faster one: `lazify`, and `load` of what its `save` has written."""
+
+import math
+import time
+from typing import Any
+
+from torch import nn
+
+from condcomp_lib import kernels
+from condcomp_lib.conversion import choice, report
+from condcomp_lib.conversion.examples import collect
+from condcomp_lib.conversion.reading import install, read
+from condcomp_lib.conversion.saving import export, load, save
+from condcomp_lib.errors import UsageError
+from condcomp_lib.kernels import FastLazy
+
+__all__ = ["export", "install", "lazify", "load", "save"]
+
+
+def lazify(
+    model: nn.Module,
+    data: Any,
+    activity: float = 0.25,
+    *,
+    path: str = "",
+    finetune: bool = False,
+    seconds: float = 150.0,
+    epochs: int | None = None,
+    groups: int | None = None,
+    control: bool = True,
+    batch: str = "one",
+    seed: int = 0,
+    progress: bool = True,
+) -> FastLazy:
+    """A lazy copy of a trained network, compiled, that evaluates the share `activity` of its hidden neurons.
+
+    The partition and how the activity is spread over the layers are those with which an oracle keeps most; a policy is
+    trained to follow it and then to keep the model's own answers, on examples that the model need not have seen. What
+    comes out says in its `report` how accurate and how fast it is, on examples held back from all that.
+
+    Arguments: `model` a chain of Linear, ReLU or Tanh, BatchNorm1d, Dropout, Flatten: an nn.Sequential, or a module
+    whose forward is one; it is not changed. `data` inputs, a pair of inputs and labels, a Dataset or a DataLoader;
+    labels are optional. `path` of the chain inside a larger model, or of a TransformerEncoderLayer, whose feed-forward
+    part is meant; see `install`. `finetune` trains a copy of the weights, too. `seconds` that training may take, or
+    `epochs` instead, which makes the result the same on every machine. `groups` in each layer (None: by the widths).
+    `control`: a dense net of equal compute is trained beside. `batch` as for `kernels.compile`. `progress` bars.
+
+    Raises UsageError that names a layer which is not supported, or says what does not fit.
+
+    >>> import torch
+    >>> model = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 4))
+    >>> fast = lazify(model, torch.randn(200, 16), 0.5, epochs=1, control=False, progress=False)
+    >>> fast(torch.zeros(3, 16)).shape
+    torch.Size([3, 4])
+    """
+    if not 0 < activity <= 1:
+        raise UsageError(f"activity is a share of the hidden neurons, above 0 up to 1, not {activity}")
+    if not 0 < seconds < math.inf or (epochs is not None and epochs < 1):
+        raise UsageError(f"give training some time: seconds above 0 or epochs of at least 1, not {seconds}, {epochs}")
+    started = time.perf_counter()
+    block = read(model, path)
+    examples = collect(model, block, data, seed)
+    chosen = choice.prepared(block.target, examples, activity, groups, seed)
+    left = seconds - (time.perf_counter() - started)
+    share = 0.7 if control else 0.95
+    trained = choice.trained(chosen, examples, finetune, left * share, epochs, seed, progress)
+    fast = kernels.compile(trained.lazy, batch)
+    left = seconds - (time.perf_counter() - started)
+    fast.report = report.written(
+        fast, block.target, examples, asked=activity, control_seconds=max(left, 1.0) if control else 0.0,
+        epochs=epochs, seed=seed, chosen=trained.told,
+    )  # fmt: skip
+    fast.report["seconds"] = round(time.perf_counter() - started, 1)
+    return fast

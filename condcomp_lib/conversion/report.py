@@ -1,0 +1,251 @@
+"""What a converted network is worth: accuracy, activity, time, beside what it must beat, as dict, table and figure."""
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from torch import Tensor
+from torch.nn.functional import kl_div, log_softmax, mse_loss, softmax
+
+from condcomp_lib import kernels
+from condcomp_lib.conversion.choice import STEPS, kept
+from condcomp_lib.conversion.examples import Examples
+from condcomp_lib.fitting import fit, plan
+from condcomp_lib.kernels import FastLazy, timing
+from condcomp_lib.lazy import LazyNetwork, calibrated, decided_by, evaluate
+from condcomp_lib.oracle import Oracle
+from condcomp_lib.partitions import cut_into_blocks
+from condcomp_lib.policies import Blind, Budget
+from condcomp_lib.targets import MLP
+from condcomp_lib.training import TEMPERATURE, control_width
+
+VERSION = 1
+BATCHES, REPEATS = (1, 128), 9
+JUDGED = 2000  # examples of the oracle ladder
+CONTROL_EPOCHS = 10
+Z = 1.96  # of a 95% interval
+GOOD = 0.99  # a ratio at which nothing more has to be tried
+
+
+def written(
+    fast: FastLazy, target: MLP, examples: Examples, *, asked: float, control_seconds: float, epochs: int | None,
+    seed: int, chosen: Mapping[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    """The report: plain data. Accuracy and activity are of examples held back from training and calibration."""
+    lazy, data = fast.lazy, examples.data
+    x, y = torch.from_numpy(data.test.x), data.test.y
+    scores, mask = fast.evaluate(x)
+    full, own = kept(_scores(target, x), y, x, target, examples.scores), kept(scores, y, x, target, examples.scores)
+    cost = lazy.cost(mask)
+    found: dict[str, Any] = {
+        "version": VERSION,
+        "measure": "accuracy" if examples.labelled else "agreement" if examples.scores else "variance kept",
+        "examples": {part: len(getattr(data, part)) for part in ("train", "valid", "test")},
+        "weights": sum(parameter.numel() for parameter in target.parameters()),
+        "chosen": dict(chosen),
+        "activity": {"asked": asked, "found": lazy.partition.activity(mask).mean().item(),
+                     "by_layer": [n / w for n, w in zip(cost.neurons, lazy.target.hidden, strict=True)]},
+        "compute": lazy.compute(mask),
+        "full": full,
+        "lazy": own,
+        "ratio": _ratio(scores, _scores(target, x), y, examples.scores, own, full),
+        "latency": latency(fast, target, x),
+        "ladder": ladder(lazy, target, examples, own / full),
+    }  # fmt: skip
+    if control_seconds:
+        found["control"] = control(target, examples, cost.total_multiply_adds, control_seconds, epochs, seed, full)
+    found["next"] = advice(found)
+    return found
+
+
+@torch.inference_mode()
+def _scores(target: MLP, x: Tensor) -> Tensor:
+    return torch.cat([target(part) for part in x.split(2048)])
+
+
+def _ratio(scores: Tensor, full: Tensor, y: np.ndarray, classes: bool, own: float, whole: float) -> dict[str, float]:
+    """Accuracy ratio with its 95% interval over examples, which both answer (delta method); of variance kept none."""
+    ratio = own / whole if whole else math.nan
+    if not classes or not whole:
+        return {"estimate": ratio, "low": math.nan, "high": math.nan}
+    labels = torch.from_numpy(y)
+    pairs = (scores.argmax(1) == labels).double() - ratio * (full.argmax(1) == labels).double()
+    error = pairs.std().item() / (len(y) ** 0.5 * whole) if len(y) > 1 else math.nan
+    # All pairs alike say that no difference was seen among so many, not that there is none (rule of three).
+    half = Z * error if error else 3 / len(y)
+    return {"estimate": ratio, "low": ratio - half, "high": ratio + half}
+
+
+def latency(fast: FastLazy, target: MLP, x: Tensor) -> dict[str, Any]:
+    """Microseconds of a call for each number of examples, lazy and by each dense engine, interleaved, one thread; and
+    the speed-up over the fastest of these."""
+    found: dict[str, Any] = {}
+    threads = torch.get_num_threads()
+    try:
+        engines, skipped = timing.dense_engines(target, 1, ("eager", "onnxruntime"))
+        for batch in BATCHES:
+            mode = "one" if batch == 1 else "per-example"
+            own = fast if (fast.batch, fast.threads) == (mode, 1) else kernels.compile(fast.lazy, mode, 1, fast.dtype)
+            rows = x.repeat(-(-max(64, 4 * batch) // len(x)), 1)[: max(64, 4 * batch)].numpy()
+            inputs = [np.ascontiguousarray(rows[at : at + batch]) for at in range(0, len(rows), batch)]
+            times = timing.interleaved({"lazy": own, **engines}, inputs, REPEATS)
+            fastest = min(engines, key=lambda name: float(np.median(times[name])))
+            ratios = times[fastest] / times["lazy"]
+            found[str(batch)] = {
+                "lazy_us": float(np.median(times["lazy"])),
+                "dense_us": {name: float(np.median(times[name])) for name in engines},
+                "fastest": fastest,
+                "speedup": float(np.median(ratios)),
+                "low": float(np.quantile(ratios, 0.1)),
+                "high": float(np.quantile(ratios, 0.9)),
+            }
+        found["skipped"] = skipped
+    finally:
+        torch.set_num_threads(threads)
+    return found
+
+
+@torch.inference_mode()
+def ladder(lazy: LazyNetwork, target: MLP, examples: Examples, learned: float) -> dict[str, float]:
+    """What is kept, as a share of the full network's, by an oracle that chooses neurons, by one that chooses these
+    groups, by the policy (`learned`), and by as many groups drawn blindly: the same activity in each layer."""
+    x, y = torch.from_numpy(examples.data.test.x[:JUDGED]), examples.data.test.y[:JUDGED]
+    full = kept(_scores(target, x), y, x, target, examples.scores)
+    mask = evaluate(lazy, x).mask
+    rates = [n / w for n, w in zip(lazy.cost(mask).neurons, lazy.target.hidden, strict=True)]
+    rates = [min(1.0, max(rate, 1e-3)) for rate in rates]
+    alone = cut_into_blocks(target.hidden, 1)
+    neurons = Oracle(target, alone)
+    rungs = {"oracle, neurons": LazyNetwork(target, alone, neurons, Budget.of(rates, alone, neurons))}
+    oracle = Oracle(target, lazy.partition, lazy.policy.pool)
+    rungs["oracle, groups"] = calibrated(
+        LazyNetwork(target, lazy.partition, oracle, Budget.of(rates, lazy.partition, oracle)),
+        torch.from_numpy(examples.data.valid.x[:JUDGED]), rates,
+    )  # fmt: skip
+    drawn = tuple(torch.full((lazy.partition.groups,), rate) for rate in rates)
+    rungs["blind"] = decided_by(lazy, Blind(drawn, torch.Generator().manual_seed(0)))
+    found = {name: kept(evaluate(net, x).scores, y, x, target, examples.scores) / full for name, net in rungs.items()}
+    blind = found.pop("blind")
+    return {**found, "learned": learned, "blind": blind}
+
+
+def control(
+    target: MLP, examples: Examples, wanted: float, seconds: float, epochs: int | None, seed: int, full: float
+) -> dict[str, Any]:
+    """The dense net of equal multiply-adds, distilled from the same network on the same examples: what it keeps."""
+    data, width = examples.data, control_width(target, wanted)
+    draws = torch.Generator().manual_seed(seed)
+    small = MLP(target.inputs, (width,) * len(target.hidden), target.linears[-1].out_features,
+                "tanh" if isinstance(target.activation, torch.nn.Tanh) else "relu", draws)  # fmt: skip
+    x, y = torch.from_numpy(data.train.x), torch.from_numpy(data.train.y)
+    soft = _scores(target, x)
+    variance = soft.var().clamp(min=1e-12)
+
+    def loss(rows: Tensor) -> Tensor:
+        scores = small(x[rows])
+        if not examples.scores:
+            return mse_loss(scores, soft[rows]) / variance
+        distance = kl_div(log_softmax(scores / TEMPERATURE, 1), softmax(soft[rows] / TEMPERATURE, 1),
+                          reduction="batchmean")  # fmt: skip
+        return 0.5 * torch.nn.functional.cross_entropy(scores, y[rows]) + 0.5 * TEMPERATURE**2 * distance
+
+    valid = torch.from_numpy(data.valid.x)
+
+    def score() -> float:
+        return kept(_scores(small, valid), data.valid.y, valid, target, examples.scores)
+
+    batch = max(1, min(128, len(x) // 20))
+    started = time.perf_counter()
+    loss(torch.arange(batch)).backward()
+    steps = seconds / (3 * (time.perf_counter() - started)) / max(1, len(x) / batch)
+    most = max(CONTROL_EPOCHS, STEPS * batch // len(x))
+    planned = epochs or max(1, min(most, int(steps)))
+    fit(small, loss, score, len(x), plan(epochs=planned, batch=batch), draws)
+    test = torch.from_numpy(data.test.x)
+    own = kept(_scores(small, test), data.test.y, test, target, examples.scores)
+    return {"width": width, "kept": own, "ratio": own / full}
+
+
+def advice(found: Mapping[str, Any]) -> list[str]:
+    """What to try next, from the report's own numbers."""
+    told, rungs, ratio = [], found["ladder"], found["ratio"]["estimate"]
+    fastest = {batch: one["speedup"] for batch, one in found["latency"].items() if batch != "skipped"}
+    tuned = found["chosen"].get("finetuned")
+    if max(fastest.values()) < 1.1:
+        told.append(f"nothing is to be gained in time: {found['weights']:,} weights are evaluated in full as fast; "
+                    "larger networks gain (from about a million weights)")  # fmt: skip
+    if ratio >= GOOD:
+        return told or ["nothing is lost at this activity: ask for less"]
+    if not tuned:
+        told.append("finetune=True, which trains a copy of the weights, too")
+    if rungs["oracle, groups"] > ratio + 0.02:
+        told.append("the policy is the limit: give it more examples or more seconds")
+    elif rungs["oracle, neurons"] > ratio + 0.02:
+        told.append(f"groups of neurons are the limit: try more than {found['chosen']['groups']} of them")
+    else:
+        told.append("even an oracle loses at this activity: ask for more, or train the network with dropout")
+    if "control" in found and found["control"]["ratio"] > ratio + 0.005:
+        told.append(f"a dense net of {found['control']['width']} neurons a layer keeps more at equal compute")
+    return told
+
+
+def rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The report as pairs of text, for a table."""
+    ratio, activity = report["ratio"], report["activity"]
+    interval = "" if math.isnan(ratio["low"]) else f" [{ratio['low']:.3f}, {ratio['high']:.3f}]"
+    found = [
+        (f"{report['measure']}, full network", f"{report['full']:.3f}"),
+        (f"{report['measure']}, lazy network", f"{report['lazy']:.3f}"),
+        ("ratio", f"{ratio['estimate']:.3f}{interval}"),
+        ("activity", f"{100 * activity['found']:.1f}% (asked: {100 * activity['asked']:g}%)"),
+        ("activity by layer", " / ".join(f"{100 * share:.0f}%" for share in activity["by_layer"])),
+        ("compute, policy included", f"{100 * report['compute']:.1f}% of the multiply-adds"),
+    ]
+    for batch in map(str, BATCHES):
+        own = report["latency"][batch]
+        found.append((f"time, {batch} example{'s' * (batch != '1')}",
+                      f"{own['lazy_us']:.0f} us, {own['speedup']:.1f} times as fast as {own['fastest']} "
+                      f"({own['dense_us'][own['fastest']]:.0f} us)"))  # fmt: skip
+    found += [(f"kept by: {name}", f"{share:.3f}") for name, share in report["ladder"].items()]
+    if "control" in report:
+        own = report["control"]
+        found.append((f"dense net of equal compute ({own['width']} a layer)", f"{own['ratio']:.3f}"))
+    return [*found, *(("next", line) for line in report["next"])]
+
+
+def figure(report: Mapping[str, Any], axes: Sequence[Axes]) -> Sequence[Axes]:
+    """The report in two axes: what is kept on each rung, and the time of a call beside dense engines."""
+    from condcomp_lib.plots import BLUE, GREEN, GREY, ORANGE, VERMILION
+
+    rungs = dict(report["ladder"])
+    if "control" in report:
+        rungs["dense, equal compute"] = report["control"]["ratio"]
+    colours = {"learned": VERMILION, "blind": ORANGE, "dense, equal compute": GREY}
+    for index, (name, share) in enumerate(rungs.items()):
+        axes[0].barh(-index, share, color=colours.get(name, GREEN if name.startswith("oracle") else BLUE), alpha=0.8)
+        axes[0].text(max(share, 0) + 0.01, -index, f"{share:.3f}", va="center", fontsize=9)
+    axes[0].set_yticks([-index for index in range(len(rungs))], list(rungs))
+    axes[0].axvline(1, color=GREY, linewidth=0.8, linestyle=":")
+    axes[0].set(xlim=(0, 1.18), xlabel=f"{report['measure']} / the full network's",
+                title=f"{100 * report['activity']['found']:.0f}% of the neurons")  # fmt: skip
+    axes[0].grid(axis="y", visible=False)
+    height, labels = 0, []
+    for batch in map(str, BATCHES):
+        own = report["latency"][batch]
+        times = {"lazy": own["lazy_us"], **own["dense_us"]}
+        for name, micro in times.items():
+            each = micro / int(batch)
+            axes[1].barh(-height, each, color=VERMILION if name == "lazy" else GREY, alpha=0.8)
+            axes[1].text(each, -height, f" {each:.3g}", va="center", fontsize=9)
+            labels.append(f"{name}, {batch} at a time")
+            height += 1
+    axes[1].set_yticks([-index for index in range(height)], labels)
+    axes[1].set(xscale="log", xlabel="microseconds for one example")
+    low, high = axes[1].get_xlim()
+    axes[1].set_xlim(low, high * 2.5)
+    axes[1].grid(axis="y", visible=False)
+    return axes
