@@ -32,7 +32,7 @@ torch.set_num_threads(1)
 sparsity.explore()"""
 TITLE = """# How much of a network does an input need?
 
-Move a slider. Nothing is trained; what is timed is timed on this machine."""
+Move a slider. The networks were trained before; what is timed is timed on this machine."""
 EDITORS = "jupyterlab-jupytext"  # an extension of JupyterLab that this page cannot load, and does not need
 PORTS = 50  # tried from the first one on
 
@@ -44,14 +44,16 @@ def free_port(first: int) -> int:
     """
     if not 1 <= first <= 65535:
         raise UsageError(f"a port is a number from 1 to 65535, not {first}")
-    for port in range(first, min(first + PORTS, 65536)):
+    last = min(first + PORTS, 65536) - 1
+    for port in range(first, last + 1):
         with socket.socket() as probe:
             try:
                 probe.bind(("127.0.0.1", port))
-            except OSError:
+            except OSError as error:
+                reason = error.strerror
                 continue
             return port
-    raise CondcompError(f"all ports from {first} to {first + PORTS - 1} are taken; give another one by --port")
+    raise CondcompError(f"no port from {first} to {last} can be had ({reason}); give another one by --port")
 
 
 def explore(port: int = 8866, browser: bool = True) -> None:
@@ -167,9 +169,7 @@ def _index(notebooks: dict[str, nbformat.NotebookNode]) -> str:
         rows.append(f'<li><a href="{name}.html">{html.escape(heading)}</a>{told}</li>')
     about = "The reproducible companion to the conditional-computation papers (Bengio, Bacon, Pineau, Precup 2015; "
     about += "Antaki and Bengio): every notebook as it was last executed, its numbers from the stored runs."
-    live = (
-        "Sliders need a kernel: <code>make lab</code> in a checkout opens the notebooks, <code>condcomp explore</code> "
-    )
+    live = "Sliders need a kernel: <code>make lab</code> in a checkout opens the notebooks, "
     live += "<code>condcomp explore</code> the first explorer."
     return (
         f"<h1>condcomp</h1><p>{about}</p><p>{html.escape(studies.progress())} {live}</p>"

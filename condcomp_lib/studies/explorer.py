@@ -24,7 +24,7 @@ from condcomp_lib.studies import policies
 from condcomp_lib.studies.policy_results import no_answers
 from condcomp_lib.targets import MLP, hidden_widths
 
-RECIPE = 1
+RECIPE = 2
 ARCHITECTURE, GROUPS, TAU = "2x200", 50, 0.15  # policies are trained at this activity, and asked for others
 PARTITIONERS = ("coactivation", "random")
 SAMPLED, CALIBRATED, BUDGETED = DECISIONS = ("sample", "calibrated threshold", "budget")
@@ -43,9 +43,10 @@ POLICY: dict[str, dict[str, Any]] = {
     "digits": {"batch": 32, "epochs": 8, "learning_rate": 5e-3},
     "mnist": {"epochs": 4, "learning_rate": 2e-3},
 }
-ACTIVITIES = (0.02, 0.04, 0.06, 0.08, 0.1, 0.15, 0.2, 0.25, 0.35, 0.5, 0.75, 1.0)  # of the stored curves
+# Of the stored curves: every percent where they are steep.
+ACTIVITIES = tuple(percent / 100 for percent in (*range(2, 21), *range(22, 41, 2), *range(45, 101, 5)))
 EXAMPLES = 2000  # validation examples at most
-HALVINGS = 25  # of the interval in which a gate's shift is searched
+HALVINGS = 30  # of the interval in which a gate's shift is searched
 
 
 def specs(profile: str) -> list[RunSpec]:
@@ -154,7 +155,7 @@ def shift_for(logits: Tensor, rate: float) -> float:
     >>> round(shift_for(torch.zeros(1, 1), 0.9), 3)
     2.197
     """
-    low, high = -60.0, 60.0
+    low, high = -60.0 - logits.max().item(), 60.0 - logits.min().item()
     for _ in range(HALVINGS):
         middle = (low + high) / 2
         low, high = (middle, high) if (logits + middle).sigmoid().mean() < rate else (low, middle)

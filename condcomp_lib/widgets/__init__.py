@@ -9,12 +9,13 @@ import base64
 import contextlib
 import html
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import ipywidgets
 import matplotlib as mpl
+import numpy as np
 import traitlets
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
@@ -23,7 +24,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from condcomp_lib import plots
-from condcomp_lib.errors import unknown
+from condcomp_lib.errors import UsageError, unknown
 
 State = Mapping[str, Any]
 VIEW = "application/vnd.jupyter.widget-view+json"
@@ -84,15 +85,24 @@ class Choice(ipywidgets.VBox):
         return wanted
 
     def offer(self, options: Mapping[str, str | None], value: str | None = None) -> None:
-        """Show other options; the chosen one stays where it is still possible and no other `value` is asked for."""
+        """Show other options; the chosen one stays where it is still possible. Raises UsageError where none is, or the
+        `value` that is asked for cannot be chosen."""
         possible = [name for name, reason in options.items() if reason is None]
-        wanted, self.options = value or self.value, dict(options)
-        self.buttons = {name: self._button(name, reason) for name, reason in options.items()}
-        self.row.children = tuple(self.buttons.values())
-        reasons = [f"{name}: {reason}" for name, reason in options.items() if reason]
-        self.note.value = "<br>".join(note(html.escape(reason)) for reason in reasons)
-        self.note.layout.display = None if reasons else "none"
-        self.value = wanted if wanted in possible else possible[0]
+        if not possible:
+            raise UsageError(f"nothing can be chosen: {'; '.join(f'{n}: {reason}' for n, reason in options.items())}")
+        if value is not None and value not in possible:
+            raise unknown("choice", value, possible)
+        wanted = value or (self.value if self.value in possible else possible[0])
+        if dict(options) != self.options:
+            before, self.options = self.row.children, dict(options)
+            self.buttons = {name: self._button(name, reason) for name, reason in options.items()}
+            self.row.children = tuple(self.buttons.values())
+            for button in before:
+                button.close()
+            reasons = [f"{name}: {reason}" for name, reason in options.items() if reason]
+            self.note.value = "<br>".join(note(html.escape(reason)) for reason in reasons)
+            self.note.layout.display = None if reasons else "none"
+        self.value = wanted
         self._mark()
 
     def _button(self, name: str, reason: str | None) -> ipywidgets.ToggleButton:
@@ -104,9 +114,11 @@ class Choice(ipywidgets.VBox):
         return button
 
     def _pressed(self, name: str, down: bool) -> None:
-        if down:
-            self.value = name
-        self._mark()
+        try:
+            if down:
+                self.value = name
+        finally:  # also where whoever follows the value fails
+            self._mark()
 
     def _mark(self) -> None:
         for name, button in self.buttons.items():
@@ -122,7 +134,7 @@ class Explorer:
     its own when the controls have been at rest, never in a notebook that nobody touches, after which the state is shown
     again; `adapt` is told a state before it is shown and may change the controls.
 
-    An error of `show` or `measure` stands in one line in place of the numbers, and is raised.
+    An error of `adapt`, `show` or `measure` stands in one line in place of the numbers, and is raised.
     """
 
     def __init__(
@@ -141,7 +153,7 @@ class Explorer:
         self.box = ipywidgets.VBox([*controls.values(), self.picture, below])
         self.box.add_class("condcomp-explorer")
         self._waiting: asyncio.TimerHandle | None = None
-        self._worker, self._adapting = ThreadPoolExecutor(1), False
+        self._worker, self._busy, self._adapting, self._moves = ThreadPoolExecutor(1), False, False, 0
         self.update()
         for control in controls.values():
             control.observe(self._moved, "value")
@@ -158,16 +170,23 @@ class Explorer:
 
     def update(self) -> None:
         """Show the state that the controls are in."""
-        if self._adapt:
-            self._adapting = True  # controls that it changes are shown once, below
-            try:
-                self._adapt(self.state, self.controls)
-            finally:
-                self._adapting = False
-        try:
+        self._moves += 1
+        with self._told(self.numbers):
+            if self._adapt:
+                self._adapting = True  # controls that it changes are shown once, below
+                try:
+                    self._adapt(self.state, self.controls)
+                finally:
+                    self._adapting = False
             self.picture.value, self.numbers.value = self._show(self.state)
+
+    @contextlib.contextmanager
+    def _told(self, where: ipywidgets.HTML) -> Iterator[None]:
+        """Errors stand in one line where numbers would, and go on."""
+        try:
+            yield
         except Exception as error:
-            self.numbers.value = fault(error)
+            where.value = fault(error)
             raise
 
     def _rest(self) -> None:
@@ -179,20 +198,36 @@ class Explorer:
         try:
             loop = asyncio.get_running_loop()
         except RuntimeError:
-            self.measure()
+            with self._told(self.measured):
+                self._measured(self.state, self._measure(self.state))
             return
-        self._waiting = loop.call_later(REST_SECONDS, lambda: self._worker.submit(self.measure))
+        self.measured.value = note("Time is measured when the controls rest.")
+        self._waiting = loop.call_later(REST_SECONDS, self._start, loop)
 
-    def measure(self) -> None:
-        """Show what takes longer to find out, for the state that the controls are in."""
+    def _start(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Measure the present state in a thread of its own, one at a time; only the loop's thread touches widgets."""
+        if self._busy:
+            self._waiting = loop.call_later(REST_SECONDS, self._start, loop)
+            return
         assert self._measure is not None
+        self._busy, state, moves = True, self.state, self._moves
         self.measured.value = note("Measuring; the first time on a machine the kernels are compiled, some seconds ...")
-        try:
-            self.measured.value = self._measure(self.state)
-            self.picture.value, _ = self._show(self.state)
-        except Exception as error:
-            self.measured.value = fault(error)
-            raise
+        done = loop.run_in_executor(self._worker, self._measure, state)
+        done.add_done_callback(lambda found: self._finished(found, state, moves))
+
+    def _finished(self, found: "asyncio.Future[str]", state: State, moves: int) -> None:
+        self._busy = False
+        with self._told(self.measured):
+            html_found = found.result()
+            if moves == self._moves:
+                self._measured(state, html_found)
+            else:  # of another state by now, and disturbed by those in between
+                self.measured.value = note("Time is measured when the controls rest.")
+
+    def _measured(self, state: State, html: str) -> None:
+        """Show what was measured, and the state's picture again, which may have more to show now."""
+        self.measured.value = html
+        self.picture.value, _ = self._show(state)
 
     def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
         """The live explorer, and its picture for whoever cannot show it."""
@@ -201,7 +236,12 @@ class Explorer:
 
 
 def slider(description: str, value: int, least: int, most: int) -> ipywidgets.IntSlider:
-    """A slider over whole numbers that tells every step of its way."""
+    """A slider over whole numbers that tells every step of its way.
+
+    Raises UsageError for a value that is none of them.
+    """
+    if not isinstance(value, int) or not least <= value <= most:
+        raise UsageError(f"{description} is a whole number from {least} to {most}, not {value}")
     return ipywidgets.IntSlider(
         value, least, most, description=description, continuous_update=True, style={"description_width": "90px"},
         layout={"width": "min(560px, 95%)"},
@@ -209,7 +249,9 @@ def slider(description: str, value: int, least: int, most: int) -> ipywidgets.In
 
 
 def selector(description: str, options: Sequence[int], value: int) -> ipywidgets.SelectionSlider:
-    """A slider over some whole numbers."""
+    """A slider over some whole numbers; raises UsageError for a value that is none of them."""
+    if value not in options:
+        raise unknown(description, str(value), list(map(str, options)))
     return ipywidgets.SelectionSlider(
         options=list(options), value=value, description=description, style={"description_width": "90px"},
         layout={"width": "min(560px, 95%)"},
@@ -222,6 +264,19 @@ def activity_axis(ax: Axes) -> None:
     ticks = (2, 5, 10, 25, 50, 100)
     ax.set_xticks(ticks, [str(tick) for tick in ticks])
     ax.minorticks_off()
+
+
+def timed(times: Mapping[str, np.ndarray], engines: Sequence[str], name: str) -> list[tuple[str, str]]:
+    """Rows of microseconds (medians of `times`, microseconds by repeat, as from `timing.interleaved`) of "lazy" and of
+    the dense `engines`, called `name`, and the speed-up over the fastest of them with its range over the repeats."""
+    fastest = min(engines, key=lambda engine: float(np.median(times[engine])))
+    ratios = times[fastest] / times["lazy"]
+    return [
+        ("lazy network, compiled", f"{np.median(times['lazy']):.1f}"),
+        *((f"{name}, {engine}", f"{np.median(times[engine]):.1f}") for engine in engines),
+        (f"times as fast as {fastest} (range of {len(ratios)})",
+         f"{np.median(ratios):.1f} ({ratios.min():.1f} to {ratios.max():.1f})"),
+    ]  # fmt: skip
 
 
 def note(text: str) -> str:

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from condcomp_lib import coactivation, datasets, paths, studies, widgets
 from condcomp_lib.coactivation import ORDERINGS
+from condcomp_lib.errors import unknown
 from condcomp_lib.plots import BLUE, GREEN, GREY, VERMILION
 from condcomp_lib.runs import Record, RunStore
 from condcomp_lib.studies import coactivation as study
@@ -27,11 +28,13 @@ ORDERS = (*ORDERINGS, LAYERS)
 
 @dataclass(frozen=True)
 class Then:
-    """A network after an epoch: validation accuracy, Measures of its coactivation, and its matrices by order."""
+    """A network after an epoch: validation accuracy, Measures of its coactivation, its matrices by order, and whether
+    this is the epoch whose weights are kept."""
 
     accuracy: float
     measures: Mapping[str, float]
     matrices: Mapping[str, np.ndarray]
+    kept: bool = False
 
 
 def stored() -> dict[str, Record]:
@@ -56,7 +59,12 @@ def names() -> list[str]:
 
 @functools.lru_cache(maxsize=16)
 def course(name: str) -> dict[int, Then]:
-    """How a network's coactivation comes about, by epoch; the last one is the network that is kept."""
+    """How a network's coactivation comes about, by epoch; that of the network that is kept, the best one, is `kept`.
+
+    Raises UsageError for an unknown name.
+    """
+    if name not in names():
+        raise unknown("network", name, names())
     if name in stored():
         return _stored_course(stored()[name])
     data, settings = datasets.load(LIVE), {**live()[name], "target_seed": 0}
@@ -67,7 +75,7 @@ def course(name: str) -> dict[int, Then]:
         c = coactivation.network_coactivation(net, x)
         orders = {how: coactivation.ordering(c, how) for how in ORDERINGS} | {LAYERS: torch.arange(len(c))}
         matrices = {how: c[order][:, order].numpy() for how, order in orders.items()}
-        found[epoch] = Then(accuracy(net, data.valid), vars(coactivation.measures(c)), matrices)
+        found[epoch] = Then(accuracy(net, data.valid), vars(coactivation.measures(c)), matrices, net is target)
     return dict(sorted(found.items()))
 
 
@@ -78,8 +86,13 @@ def _stored_course(record: Record) -> dict[int, Then]:
         picture = results.matrices(record, [f"epoch{then['epoch']}"])
         found[then["epoch"]] = Then(curve[then["epoch"] - 1], then, {"mean": picture[f"epoch{then['epoch']}"]})
     best = record.result["best_epoch"]
-    found[best] = Then(curve[best - 1], record.result["measures"], results.matrices(record, ORDERS))
+    found[best] = Then(curve[best - 1], record.result["measures"], results.matrices(record, ORDERS), kept=True)
     return dict(sorted(found.items()))
+
+
+def kept_epoch(name: str) -> int:
+    """The epoch whose weights are kept."""
+    return next(epoch for epoch, then in course(name).items() if then.kept)
 
 
 class Scene:
@@ -127,8 +140,9 @@ _scene = functools.lru_cache(maxsize=1)(Scene)
 def shown(state: State) -> tuple[bytes, str]:
     """The picture and the numbers of a state: "network", "epoch", "order"."""
     found = course(state["network"])
-    then, last = found[state["epoch"]], found[max(found)]
-    rows = [("", f"after epoch {state['epoch']}", f"after epoch {max(found)}")]
+    best = kept_epoch(state["network"])
+    then, last = found[state["epoch"]], found[best]
+    rows = [("", f"after epoch {state['epoch']}", f"kept: epoch {best}")]
     rows += [("validation accuracy", f"{then.accuracy:.3f}", f"{last.accuracy:.3f}")]
     rows += [(said, f"{then.measures[field]:.2f}", f"{last.measures[field]:.2f}")
              for field, said in results.SHOWN.items()]  # fmt: skip
@@ -139,21 +153,21 @@ def shown(state: State) -> tuple[bytes, str]:
 
 def adapt(state: State, controls: Mapping[str, Any]) -> None:
     """Offer the epochs of the chosen network, and the orders that are known after the chosen one."""
-    found = course(state["network"])
+    found, best = course(state["network"]), kept_epoch(state["network"])
     if tuple(controls["epoch"].options) != tuple(found):
         controls["epoch"].options = list(found)
-        controls["epoch"].value = max(found)
-    known = found[controls["epoch"].value].matrices
-    controls["order"].offer({how: None if how in known else "kept at the end of training only" for how in ORDERS})
+        controls["epoch"].value = best
+    known, why = found[controls["epoch"].value].matrices, f"stored after epoch {best} only"
+    controls["order"].offer({how: None if how in known else why for how in ORDERS})
 
 
-def explore(names_of: Sequence[str] | None = None) -> Explorer:
-    """The coactivation explorer, over all networks or those named."""
-    options = list(names_of or names())
-    epochs = list(course(options[0]))
+def explore(only: Sequence[str] | None = None) -> Explorer:
+    """The coactivation explorer, over all networks or `only` those named."""
+    options = list(only or names())
+    first = options[0]
     controls = {
         "network": Choice("network", dict.fromkeys(options)),
-        "epoch": widgets.selector("epoch", epochs, epochs[-1]),
+        "epoch": widgets.selector("epoch", list(course(first)), kept_epoch(first)),
         "order": Choice("order", dict.fromkeys(ORDERS), "hierarchical"),
     }
     return Explorer(controls, shown, adapt=adapt)

@@ -1,7 +1,9 @@
 """The partition explorer: what a split of the neurons is worth before any policy is trained."""
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,14 +12,13 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from condcomp_lib import coactivation, datasets, widgets
+from condcomp_lib import coactivation, widgets
 from condcomp_lib.lazy import LazyNetwork, evaluate
 from condcomp_lib.oracle import Oracle
 from condcomp_lib.partitioners.clustering import activation_partition, spectral_partition, weight_partition
 from condcomp_lib.partitions import KINDS, Partition, make_partition
 from condcomp_lib.plots import BLUE, GREEN, GREY, ORANGE, VERMILION
 from condcomp_lib.policies import Budget
-from condcomp_lib.studies import explorer
 from condcomp_lib.targets import MLP
 from condcomp_lib.widgets import Canvas, Choice, Explorer, State, sparsity_data
 
@@ -43,7 +44,8 @@ class Target:
 
 @dataclass(frozen=True)
 class Split:
-    """A partition and its worth: accuracy when an oracle chooses so many of its groups for each example (points)."""
+    """A partition and its worth: when an oracle chooses 1, 2, ... of its groups for each example, the activity and the
+    accuracy (numbers of groups); how much of the coactivation it explains, of all and of what is beyond rates."""
 
     partition: Partition
     activity: np.ndarray
@@ -70,8 +72,7 @@ def split(dataset: str, pretraining: str, name: str, groups: int) -> Split:
     partition = _partition(own, name, groups)
     oracle = Oracle(own.target, partition)
     lazy, logits = LazyNetwork(own.target, partition, oracle, Budget((groups,))), oracle.logits(0, own.x)
-    counts = sorted({round(count) for count in np.geomspace(1, groups, POINTS)})
-    masks = [Budget((count,))(logits, 0) for count in counts]  # ranked once: in this scope it depends on x alone
+    masks = [Budget((count,))(logits, 0) for count in range(1, groups + 1)]  # ranked once: the gate reads x alone
     right = [(lazy.masked_scores(own.x, mask).argmax(1) == own.y).double().mean().item() for mask in masks]
     share = [partition.activity(mask).mean().item() for mask in masks]
     members = torch.cat(partition.membership)
@@ -90,7 +91,7 @@ def _partition(own: Target, name: str, groups: int) -> Partition:
 
 @functools.lru_cache(maxsize=4)
 def neurons(dataset: str, pretraining: str) -> tuple[np.ndarray, np.ndarray]:
-    """Activity and accuracy (points) when the oracle chooses single neurons: what no split can be better than."""
+    """Activity and accuracy (points) when the oracle chooses single neurons of each layer: a landmark, no bound."""
     own = target(dataset, pretraining)
     alone = Partition(tuple(torch.arange(width) for width in own.target.hidden), max(own.target.hidden), "layer")
     oracle, shares = Oracle(own.target, alone), np.geomspace(0.02, 1, POINTS)
@@ -127,8 +128,8 @@ class Scene:
             moving = [self.image, self.borders, self.base, self.curve, self.here, self.title]
             self.canvas = Canvas(self.figure, moving)
 
-    def png(self, own: Target, found: Split, chance: Split, activity: float, title: str) -> bytes:
-        """The picture of a split beside a random one, at an activity."""
+    def png(self, own: Target, found: Split, chance: Split, count: int, title: str) -> bytes:
+        """The picture of a split beside a random one, with so many groups evaluated."""
         members = torch.cat(found.partition.membership)
         order, ends = members.argsort(stable=True), torch.bincount(members).cumsum(0)[:-1].numpy() - 0.5
         n = len(order) - 0.5
@@ -136,7 +137,7 @@ class Scene:
         self.borders.set_segments([((at, -0.5), (at, n)) for at in ends] + [((-0.5, at), (n, at)) for at in ends])
         self.curve.set_data(100 * found.activity, found.accuracy)
         self.base.set_data(100 * chance.activity, chance.accuracy)
-        self.here.set_data([100 * activity], [np.interp(activity, found.activity, found.accuracy)])
+        self.here.set_data([100 * found.activity[count - 1]], [found.accuracy[count - 1]])
         self.title.set_text(title)
         return self.canvas.png()
 
@@ -149,21 +150,26 @@ def shown(state: State) -> tuple[bytes, str]:
     key = NAMES[state["dataset"]], state["pretraining"]
     own, found = target(*key), split(*key, state["split"], state["groups"])
     chance = split(*key, "random", state["groups"])
-    activity = max(state["activity"] / 100, found.activity[0])
-    kept, by_chance = (float(np.interp(activity, one.activity, one.accuracy)) for one in (found, chance))
+    count = int(np.abs(found.activity - state["activity"] / 100).argmin()) + 1  # whole groups only
+    at, kept, by_chance = found.activity[count - 1], found.accuracy[count - 1], chance.accuracy[count - 1]
     title = (
-        f"{state['groups']} groups, {state['split']}: an oracle keeps {100 * kept:.0f}% right at {100 * activity:.0f}%"
+        f"{count} of {state['groups']} groups, {state['split']}: {100 * kept:.0f}% right at {100 * at:.0f}% activity"
     )
-    sizes = found.partition.sizes
+    sizes, others = found.partition.sizes, chance.partition.sizes
     rows = [
         ("", "this split", "a random one"),
-        (f"accuracy by the oracle at {100 * activity:.0f}%", f"{kept:.3f}", f"{by_chance:.3f}"),
+        (f"accuracy by the oracle, {count} groups", f"{kept:.3f}", f"{by_chance:.3f}"),
+        ("activity", f"{100 * at:.1f}%", f"{100 * chance.activity[count - 1]:.1f}%"),
         ("coactivation explained", f"{found.explained:.2f}", f"{chance.explained:.2f}"),
         ("the same, beyond firing rates", f"{found.beyond:.2f}", f"{chance.beyond:.2f}"),
-        ("neurons of a group", f"{sizes.min()} to {sizes.max()}",
-         f"{chance.partition.sizes.min()} to {chance.partition.sizes.max()}"),
-    ]  # fmt: skip
-    return _scene(*key).png(own, found, chance, activity, title), widgets.table(rows)
+        ("neurons of a group", f"{sizes.min()} to {sizes.max()}", f"{others.min()} to {others.max()}"),
+    ]
+    return _scene(*key).png(own, found, chance, count, title), widgets.table(rows)
+
+
+def adapt(state: State, controls: Mapping[str, Any]) -> None:
+    """Offer the pretrainings that the chosen data set has."""
+    controls["pretraining"].offer(dict.fromkeys(sparsity_data.pretrainings(NAMES[state["dataset"]])))
 
 
 def explore(groups: int = 16, activity: int = 25) -> Explorer:
@@ -177,4 +183,4 @@ def explore(groups: int = 16, activity: int = 25) -> Explorer:
         "groups": widgets.slider("groups", groups, 2, MOST),
         "activity": widgets.slider("activity, %", activity, 2, 100),
     }
-    return Explorer(controls, shown)
+    return Explorer(controls, shown, adapt=adapt)

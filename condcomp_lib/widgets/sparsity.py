@@ -30,8 +30,22 @@ from condcomp_lib.widgets.sparsity_data import (
 
 CHOICES = ("dataset", "pretraining", "partitioner", "decision")  # of a state, on which all but the sliders depends
 TIMED, REPEATS = 64, 5
-# The papers' errors on these data by id, each with the activity (in percent) that their texts give for it.
-PUBLISHED = {"mnist": {"Fs42.01": 100 / 16, "Ds4.02": 30.0}}
+# The papers' numbers on these data, each with the id of its activity, or with the sparsity target of its training.
+PUBLISHED: dict[str, tuple[tuple[str, str | float], ...]] = {
+    "mnist": (("Fs42.01", 100 / 16), ("Ds4.02", "Ds4.03")),
+    LARGE: (("Ps52.02", "Ps52.03"), ("Ps52.05", "Ps52.06")),
+}
+
+
+def published_points(dataset: str) -> list[tuple[float, float]]:
+    """The papers' (activity in percent, accuracy as a share) on a data set."""
+    rows, found = published.load(), []
+    for id, at in PUBLISHED.get(dataset, ()):
+        share = rows[at].value if isinstance(at, str) else at
+        value = rows[id].value
+        if share is not None and value is not None:
+            found.append((share, 1 - value / 100 if "error" in rows[id].metric else value / 100))
+    return found
 
 
 class Scene:
@@ -55,15 +69,14 @@ class Scene:
     def _front(self, ax: Axes, net: Network, state: State) -> list[Artist]:
         if state["decision"] in net.front:
             at, runs = net.front[state["decision"]]
+            each = ", a policy for each point" if DATASETS[state["dataset"]] == LARGE else ""
             ax.fill_between(100 * at, runs.min(0), runs.max(0), color=BLUE, alpha=0.2, linewidth=0)
-            ax.plot(100 * at, runs.mean(0), color=BLUE, label=f"{len(runs)} stored runs, their range")
+            ax.plot(100 * at, runs.mean(0), color=BLUE, label=f"stored runs ({len(runs)}), their range{each}")
         full = (net.answers == net.y).double().mean().item()
         ax.axhline(full, color=GREY, linewidth=0.9, linestyle=":", label="full network")
-        for index, (id, share) in enumerate(PUBLISHED.get(DATASETS[state["dataset"]], {}).items()):
-            row = published.load()[id]
-            assert row.value is not None
-            ax.plot(share, 1 - row.value / 100, "D", color="black", markersize=4.5, clip_on=False,
-                    label="published, other widths (test data)" if not index else None)  # fmt: skip
+        if points := published_points(DATASETS[state["dataset"]]):
+            ax.plot(*zip(*points, strict=True), "D", color="black", markersize=4.5, clip_on=False,
+                    label="published: other networks, trained otherwise")  # fmt: skip
         widgets.activity_axis(ax)
         ax.set(ylim=(0, 1.03), ylabel="accuracy on validation examples")
         (self.here,) = ax.plot([50], [0.5], "o", color=VERMILION, markersize=9, label="here and now", clip_on=False)
@@ -138,12 +151,13 @@ def _scene(*chosen: str) -> Scene:
 def shown(state: State) -> tuple[bytes, str]:
     """The picture and the numbers of a state."""
     found = explored(state)
-    stored = f"{found.stored.format(3)}, {found.stored.n} runs" if found.stored else "none stored"
+    runs = f", {found.stored.n} runs" if found.stored and found.stored.n > 1 else ""
+    stored = f"{found.stored.format(3)}{runs}" if found.stored else "none of this policy"
     examples = f"{len(network(*names(state)).x):,} validation examples"
     rows = [
         ("", "lazy network", "full network"),
         (f"accuracy, {examples}", f"{found.accuracy:.3f}", f"{found.full:.3f}"),
-        ("accuracy at this activity, over seeds", stored, ""),
+        ("the same over target seeds, stored", stored, ""),
         ("activity", f"{100 * found.activity:.1f}%", "100%"),
         ("compute, policy included", f"{100 * found.compute:.1f}%", "100%"),
     ]
@@ -159,14 +173,10 @@ def measured(state: State) -> str:
     engines, _ = timing.dense_engines(net.lazy.mlp, 1, ("eager", "onnxruntime"))
     inputs = [np.ascontiguousarray(row) for row in net.x[:TIMED, None].numpy()]
     times = timing.interleaved({"lazy": kernels.compile(own, "one"), **engines}, inputs, REPEATS)
-    medians = {name: float(np.median(micro)) for name, micro in times.items()}
-    fastest = min(engines, key=lambda name: medians[name])
     return widgets.table(
         [
-            ("one example, one thread, here and now", "microseconds"),
-            ("lazy network, compiled", f"{medians['lazy']:.1f}"),
-            *((f"full network, {name}", f"{medians[name]:.1f}") for name in engines),
-            ("speed-up over the fastest of these", f"{medians[fastest] / medians['lazy']:.2f}"),
+            (f"one example at {state['activity']}%, one thread, now", "microseconds"),
+            *widgets.timed(times, tuple(engines), "full network"),
         ]
     )
 

@@ -119,22 +119,22 @@ Curves = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
 def _front(dataset: str, pretraining: str, partitioner: str) -> Curves:
+    """Of the small networks, by decision: the activities asked for, and the accuracy of each run at each of them."""
     wanted = {"dataset": dataset, "pretraining": pretraining}
     runs = [record.result for record in explorer.available() if wanted.items() <= record.spec.settings.items()]
-    curves = {how: [run["curves"][partitioner][how] for run in runs] for how in DECISIONS}
-    return {how: (np.mean([one["activity"] for one in own], 0), np.array([one["accuracy"] for one in own]))
-            for how, own in curves.items()}  # fmt: skip
+    at = np.array(runs[0]["activities"])
+    return {how: (at, np.array([run["curves"][partitioner][how]["accuracy"] for run in runs])) for how in DECISIONS}
 
 
 def _large_front() -> Curves:
-    """The large network's, from study `policies`: calibrated thresholds at four sparsity targets, a policy for each."""
+    """The large network's, from study `policies`: calibrated thresholds, a policy trained for each point."""
     by_tau: dict[float, list[Record]] = {}
     for record in studies.records("policies", "paper", partial=True):
         settings = record.spec.settings
         if settings["method"] == policies.WARM and not settings["policy_seed"] and settings["groups"] == 100:
             by_tau.setdefault(settings["tau"], []).append(record)
     found = [by_tau[tau] for tau in sorted(by_tau)]
-    activity = np.array([np.mean([record.result["activity"] for record in group]) for group in found])
+    activity = np.array([np.mean([record.result["valid_activity"] for record in group]) for group in found])
     return {CALIBRATED: (activity, np.array([[r.result["valid_accuracy"] for r in group] for group in found]).T)}
 
 
@@ -171,10 +171,9 @@ def names(state: State) -> tuple[str, str, str]:
 
 
 def _stored(net: Network, state: State) -> stats.Interval | None:
-    """The accuracy of the stored runs at this activity, between their points in a straight line."""
-    if state["decision"] not in net.front:
+    """The accuracy of the stored runs at this activity, between their points in a straight line; None for the large
+    network, whose points are of other policies than the one at hand."""
+    if state["decision"] not in net.front or DATASETS[state["dataset"]] == LARGE:
         return None
     at, runs = net.front[state["decision"]]
-    if not at[0] <= state["activity"] / 100 <= at[-1]:
-        return None
     return stats.interval([np.interp(state["activity"] / 100, at, run) for run in runs])
