@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+from bs4 import BeautifulSoup
 from latex2mathml.converter import convert
 from nbconvert import HTMLExporter
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
@@ -129,6 +130,17 @@ class _Formulas(IPythonRenderer):
         return convert(body.strip())
 
 
+def described(body: str) -> str:
+    """A page's pictures named after the heading that they stand under, for whoever cannot see them."""
+    soup, heading = BeautifulSoup(body, "html.parser"), ""
+    for tag in soup.find_all(["h1", "h2", "h3", "img"]):
+        if tag.name == "img":
+            tag["alt"] = f"Figure of the section: {heading}"
+        else:
+            heading = tag.get_text().strip()
+    return str(soup)
+
+
 def title_of(notebook: nbformat.NotebookNode) -> tuple[str, str]:
     """A notebook's first heading, and the first paragraph below it."""
     lines = notebook.cells[0].source.split("\n")
@@ -153,7 +165,7 @@ def write_site(output: Path | None = None, folder: Path | None = None) -> list[P
     exporter = Pages(template_name="basic", config=Config({"HTMLExporter": {"embed_images": True}}))
     written = []
     for index, name in enumerate(names):
-        body, _ = exporter.from_notebook_node(notebooks[name])
+        body = described(exporter.from_notebook_node(notebooks[name])[0])
         links = [("index.html", "Contents")]
         links += [(f"{other}.html", f"previous: {other}") for other in names[max(index - 1, 0) : index]]
         links += [(f"{other}.html", f"next: {other}") for other in names[index + 1 : index + 2]]

@@ -1,6 +1,7 @@
 """Figures of time: block products, speed-ups, and time against accuracy (rules as in `plots`)."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -87,3 +88,35 @@ def time_and_accuracy(points: Mapping[str, np.ndarray], ax: Axes | None = None) 
     ax.set_xticks(ticks, [str(tick) for tick in ticks])
     ax.minorticks_off()
     return ax
+
+
+def converted(report: Mapping[str, Any], axes: Sequence[Axes]) -> Sequence[Axes]:
+    """The report of a converted network in two axes: what each rung keeps, and the time of a call, lazy and dense."""
+    rungs = dict(report["ladder"])
+    if "control" in report:
+        rungs["dense, equal compute"] = report["control"]["ratio"]
+    colours = {"learned": VERMILION, "blind": ORANGE, "dense, equal compute": GREY}
+    for index, (name, share) in enumerate(rungs.items()):
+        axes[0].barh(-index, share, color=colours.get(name, GREEN if name.startswith("oracle") else BLUE), alpha=0.8)
+        axes[0].text(max(share, 0) + 0.01, -index, f"{share:.3f}", va="center", fontsize=9)
+    axes[0].set_yticks([-index for index in range(len(rungs))], list(rungs))
+    axes[0].axvline(1, color=GREY, linewidth=0.8, linestyle=":")
+    axes[0].set(xlim=(0, 1.18), xlabel=f"{report['measure']} / the full network's",
+                title=f"{100 * report['activity']['found']:.0f}% of the neurons")  # fmt: skip
+    axes[0].grid(axis="y", visible=False)
+    height, labels = 0, []
+    for batch in (name for name in report["latency"] if name != "skipped"):
+        own = report["latency"][batch]
+        times = {"lazy": own["lazy_us"], **own["dense_us"]}
+        for name, micro in times.items():
+            each = micro / int(batch)
+            axes[1].barh(-height, each, color=VERMILION if name == "lazy" else GREY, alpha=0.8)
+            axes[1].text(each, -height, f" {each:.3g}", va="center", fontsize=9)
+            labels.append(f"{name}, {batch} at a time")
+            height += 1
+    axes[1].set_yticks([-index for index in range(height)], labels)
+    axes[1].set(xscale="log", xlabel="microseconds for one example")
+    low, high = axes[1].get_xlim()
+    axes[1].set_xlim(low, high * 2.5)
+    axes[1].grid(axis="y", visible=False)
+    return axes

@@ -89,8 +89,9 @@ sparsity.explore(activity=25, example=example)
 # %% [markdown]
 # Try: how low can the activity go before the answers change? Does a random partition do as well as one from
 # coactivation? And what is the time below the picture, which is measured on your machine once a slider rests, worth on
-# a network this small? (All curves are of stored runs; the networks in your hands are one of them, with weights of 8 bits. One
-# policy was trained, at 15% activity; other activities ask the same policy for more or fewer groups.)
+# a network this small? (The curves are of stored runs. The two small networks are one of these, with weights of 8 bits, whose
+# policy was trained at 15% activity and is asked for more or fewer groups; on SVHN each point of the curve has a policy of its
+# own, and the one in your hands was trained at 25%.)
 
 # %% [markdown]
 # ## Train a network on digits

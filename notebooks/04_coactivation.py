@@ -240,7 +240,7 @@ plt.show()
 # ## Explore coactivation
 #
 # Each network as its training goes on, in each order. Those on digits are trained when they are chosen (seconds); of the
-# networks on SVHN the store keeps the order by mean on the way, and all orders at the end.
+# networks on SVHN the store keeps the order by mean on the way, and all orders of the network that was kept.
 
 # %%
 from condcomp_lib.widgets import coactivation as coactivation_explorer

@@ -240,8 +240,8 @@ display(Markdown(tables.markdown(table)))
 # ## Explore speed
 #
 # Your machine instead of ours: when a slider rests, the network in question is compiled and timed beside the dense engines
-# (a second; the very first time the kernels are compiled, too), and its point appears between the line of the multiply-adds
-# and the stored runs.
+# (a second; the very first time the kernels are compiled, too), and its point appears beside the line of the multiply-adds, the
+# speed-up if both were as busy, and the stored runs of the table above.
 
 # %%
 from condcomp_lib.widgets import speed as speed_explorer

@@ -1,13 +1,13 @@
-"""What a converted network is worth: accuracy, activity, time, beside what it must beat, as dict, table and figure."""
+"""What a converted network is worth, beside what it must beat: plain data, and rows for a table (for a figure see
+`time_plots.converted`)."""
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.axes import Axes
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax, mse_loss, softmax
 
@@ -215,37 +215,3 @@ def rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         own = report["control"]
         found.append((f"dense net of equal compute ({own['width']} a layer)", f"{own['ratio']:.3f}"))
     return [*found, *(("next", line) for line in report["next"])]
-
-
-def figure(report: Mapping[str, Any], axes: Sequence[Axes]) -> Sequence[Axes]:
-    """The report in two axes: what is kept on each rung, and the time of a call beside dense engines."""
-    from condcomp_lib.plots import BLUE, GREEN, GREY, ORANGE, VERMILION
-
-    rungs = dict(report["ladder"])
-    if "control" in report:
-        rungs["dense, equal compute"] = report["control"]["ratio"]
-    colours = {"learned": VERMILION, "blind": ORANGE, "dense, equal compute": GREY}
-    for index, (name, share) in enumerate(rungs.items()):
-        axes[0].barh(-index, share, color=colours.get(name, GREEN if name.startswith("oracle") else BLUE), alpha=0.8)
-        axes[0].text(max(share, 0) + 0.01, -index, f"{share:.3f}", va="center", fontsize=9)
-    axes[0].set_yticks([-index for index in range(len(rungs))], list(rungs))
-    axes[0].axvline(1, color=GREY, linewidth=0.8, linestyle=":")
-    axes[0].set(xlim=(0, 1.18), xlabel=f"{report['measure']} / the full network's",
-                title=f"{100 * report['activity']['found']:.0f}% of the neurons")  # fmt: skip
-    axes[0].grid(axis="y", visible=False)
-    height, labels = 0, []
-    for batch in map(str, BATCHES):
-        own = report["latency"][batch]
-        times = {"lazy": own["lazy_us"], **own["dense_us"]}
-        for name, micro in times.items():
-            each = micro / int(batch)
-            axes[1].barh(-height, each, color=VERMILION if name == "lazy" else GREY, alpha=0.8)
-            axes[1].text(each, -height, f" {each:.3g}", va="center", fontsize=9)
-            labels.append(f"{name}, {batch} at a time")
-            height += 1
-    axes[1].set_yticks([-index for index in range(height)], labels)
-    axes[1].set(xscale="log", xlabel="microseconds for one example")
-    low, high = axes[1].get_xlim()
-    axes[1].set_xlim(low, high * 2.5)
-    axes[1].grid(axis="y", visible=False)
-    return axes

@@ -45,6 +45,7 @@ NAMES = (
     "conv",
     "conv-time",
     "explorer",
+    "conversion",
 )
 
 NOISE = "noise"  # stands for a data set where runs only measure time: standard normal numbers

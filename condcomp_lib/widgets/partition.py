@@ -12,13 +12,14 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from condcomp_lib import coactivation, widgets
+from condcomp_lib import coactivation, datasets, widgets
 from condcomp_lib.lazy import LazyNetwork, evaluate
 from condcomp_lib.oracle import Oracle
 from condcomp_lib.partitioners.clustering import activation_partition, spectral_partition, weight_partition
 from condcomp_lib.partitions import KINDS, Partition, make_partition
 from condcomp_lib.plots import BLUE, GREEN, GREY, ORANGE, VERMILION
 from condcomp_lib.policies import Budget
+from condcomp_lib.studies import explorer
 from condcomp_lib.targets import MLP
 from condcomp_lib.widgets import Canvas, Choice, Explorer, State, sparsity_data
 

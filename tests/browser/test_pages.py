@@ -48,7 +48,7 @@ def test_the_explorer_stands_alone(alone, browser, shots, follow, capsys):
     with capsys.disabled():
         print(f"\ncondcomp explore: visible {time.perf_counter() - started:.1f} s after its address is printed")
     follow(page, "condcomp explore")
-    page.wait_for_function("() => document.querySelector('.condcomp-explorer').innerText.includes('speed-up')",
+    page.wait_for_function("() => document.querySelector('.condcomp-explorer').innerText.includes('times as fast as')",
                            timeout=120_000)  # fmt: skip
     page.screenshot(path=shots / "explorer.png")
     here = alone.split("?")[0]
