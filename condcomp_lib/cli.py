@@ -124,7 +124,8 @@ def run(
     study: Annotated[str, typer.Argument(help="the study's name (with it run those named NAME-...), or 'all'")],
     profile: Profile = "paper",
     jobs: Jobs = None,
-    backend: Annotated[str, typer.Option(help="joblib backend: loky (processes) or sequential")] = "loky",
+    backend: Annotated[str, typer.Option(help="joblib backend: loky (processes), sequential or dask")] = "loky",
+    scheduler: Annotated[str | None, typer.Option(help="address of a Dask scheduler, tcp://...")] = None,
     threads: Annotated[int, typer.Option(min=1, help="torch threads of each process")] = 1,
 ) -> None:
     """Compute the runs of a study that the store lacks."""
@@ -132,7 +133,7 @@ def run(
     from condcomp_lib import studies
 
     for name in studies.family(study):
-        records = studies.run(name, profile, jobs=jobs, backend=backend, threads=threads)
+        records = studies.run(name, profile, jobs=jobs, backend=backend, threads=threads, scheduler=scheduler)
         typer.echo(f"{name}: {len(records)} runs in {paths.store(profile)}")
 
 

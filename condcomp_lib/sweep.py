@@ -24,6 +24,8 @@ from condcomp_lib.errors import CondcompError, UsageError, unknown
 from condcomp_lib.provenance import environment
 from condcomp_lib.runs import Outcome, Record, RunSpec, RunStore
 
+CONNECT_SECONDS = 10  # in which a Dask scheduler must answer
+
 Compute = Callable[[RunSpec], Outcome]
 Tolerance = Callable[[Record], Mapping[str, Any]]
 
@@ -40,13 +42,15 @@ def sweep(
     jobs: int | None = None,
     threads: int = 1,
     backend: str = "loky",
+    scheduler: str | None = None,
     progress: bool = True,
 ) -> list[Record]:
     """Return the records of `specs`, computing those that `store` lacks.
 
     Arguments: `compute` is a module-level function (workers import it); `jobs` the number of workers (None: one per
     core); `threads` the torch threads of each worker, one by default because results depend on it; `backend` any name
-    joblib knows but "threading" ("loky": processes; "sequential"; "dask" once dask.distributed has a client).
+    joblib knows but "threading" ("loky": processes; "sequential"; "dask" once dask.distributed has a client, or with
+    the address of a `scheduler`, "tcp://...", whose workers share the store's folder).
     Raises SweepError after all other runs have finished when some failed, and at once where going on is pointless (no
     data, no room, changed code); UsageError for an unknown backend.
 
@@ -56,7 +60,15 @@ def sweep(
     >>> len(sweep(toy, lambda spec: Outcome({"accuracy": 0.5}), store, jobs=1, progress=False))
     3
     """
-    check_backend(backend)
+    with connected(backend, scheduler):
+        check_backend(backend)
+        return _swept(list(specs), compute, store, jobs, threads, backend, progress)
+
+
+def _swept(
+    specs: list[RunSpec], compute: Compute, store: RunStore, jobs: int | None, threads: int, backend: str,
+    progress: bool,
+) -> list[Record]:  # fmt: skip
     wanted = {spec.name: spec for spec in specs}
     store.clean()
     found = {name: record for name, spec in wanted.items() if (record := store.get(spec)) is not None}
@@ -87,6 +99,30 @@ def sweep(
             f"{wanted[first].study} {dict(wanted[first].settings)}: {reason}"
         )
     return [found.get(name) or _must(store, spec) for name, spec in wanted.items()]
+
+
+@contextlib.contextmanager
+def connected(backend: str, scheduler: str | None) -> Iterator[None]:
+    """A client of the Dask scheduler at an address, where one is given.
+
+    Raises UsageError where nobody answers there, or another backend is asked for.
+    """
+    if scheduler is None:
+        yield
+        return
+    if backend != "dask":
+        raise UsageError(f"a scheduler goes with backend 'dask', not with {backend!r}")
+    try:
+        distributed = importlib.import_module("distributed")
+    except ImportError as error:
+        raise UsageError("backend 'dask' needs dask.distributed; install it with: pip install distributed") from error
+    try:
+        client = distributed.Client(scheduler, timeout=CONNECT_SECONDS)
+    except (OSError, ValueError, TimeoutError) as error:
+        told = f"no Dask scheduler answers at {scheduler!r}; an address looks like tcp://127.0.0.1:8786"
+        raise UsageError(told) from error
+    with client:
+        yield
 
 
 def check_backend(backend: str) -> None:

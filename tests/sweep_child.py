@@ -1,6 +1,7 @@
-"""A sweep in a process of its own, for tests that kill it: python sweep_child.py STORE JOBS RUNS.
+"""A sweep in a process of its own, for tests that kill it: python sweep_child.py STORE JOBS RUNS [SCHEDULER].
 
-With SWEEP_CHILD_LOG set, every computed run appends its seed and process there.
+With a scheduler's address it runs on that Dask cluster. With SWEEP_CHILD_LOG set, every computed run appends its seed
+and process there.
 """
 
 import os
@@ -22,7 +23,7 @@ def specs(count):
 
 def compute(spec):
     seed = spec.settings["target_seed"]
-    time.sleep(0.01)
+    time.sleep(float(os.environ.get("SWEEP_CHILD_SECONDS", "0.01")))
     if LOG:
         with Path(LOG).open("a") as stream:  # one short write in append mode is atomic
             stream.write(f"{seed} {os.getpid()}\n")
@@ -31,5 +32,6 @@ def compute(spec):
 
 if __name__ == "__main__":
     print("ready", flush=True)
-    sweep(specs(int(sys.argv[3])), compute, RunStore(sys.argv[1]), jobs=int(sys.argv[2]), progress=False)
+    cluster = {"backend": "dask", "scheduler": sys.argv[4]} if len(sys.argv) > 4 else {}
+    sweep(specs(int(sys.argv[3])), compute, RunStore(sys.argv[1]), jobs=int(sys.argv[2]), progress=False, **cluster)
     print("done", flush=True)

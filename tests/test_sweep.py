@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -198,6 +199,65 @@ def test_dask_without_dask_says_what_to_install(store, monkeypatch):
     monkeypatch.setitem(sys.modules, "distributed", None)
     with pytest.raises(UsageError, match="pip install distributed"):
         sweep(specs(1), compute, store, backend="dask")
+
+
+def dask(*arguments, log):
+    """A process of a Dask cluster on this machine."""
+    kind, *rest = arguments
+    command = f"from distributed.cli.dask_{kind} import main; main()"
+    environment = {**os.environ, "PYTHONPATH": str(CHILD.parent), "SWEEP_CHILD_LOG": str(log),
+                   "SWEEP_CHILD_SECONDS": "0.1"}  # fmt: skip
+    return subprocess.Popen(
+        [sys.executable, "-c", command, *rest, "--no-dashboard"],
+        env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+
+
+def test_a_worker_of_a_cluster_killed_in_mid_run_loses_nothing(store, tmp_path):
+    pytest.importorskip("distributed")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address, log = f"tcp://127.0.0.1:{free.getsockname()[1]}", tmp_path / "log"
+    port, worker = address.rpartition(":")[2], (address, "--nthreads", "1", "--no-nanny", "--host", "127.0.0.1")
+    cluster = [dask("scheduler", "--host", "127.0.0.1", "--port", port, log=log)]
+    cluster += [dask("worker", *worker, "--local-directory", str(tmp_path / str(i)), log=log) for i in range(2)]
+    child = subprocess.Popen(
+        [sys.executable, str(CHILD), str(store.folder), "2", "60", address],
+        env={**os.environ, "SWEEP_CHILD_LOG": str(log)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 60
+        while not log.exists() or len({line.split()[1] for line in log.read_text().splitlines()}) < 2:
+            assert time.monotonic() < deadline, "the workers did not start"
+            time.sleep(0.05)
+        before = contents(store)
+        os.killpg(cluster[-1].pid, signal.SIGKILL)
+        out, said = child.communicate(timeout=120)
+        assert child.returncode == 0, said
+        assert out == "ready\ndone\n"
+        after = contents(store)
+        assert len(after) == 60
+        assert before.items() <= after.items()
+        ran = [int(line.split()[0]) for line in log.read_text().splitlines()]
+        assert set(ran) == set(range(60))
+        assert len(ran) <= 61  # only what the killed one was at is done again
+    finally:
+        child.kill()
+        for process in cluster:
+            process.kill()
+            process.wait(timeout=30)
+        child.communicate()
+
+
+def test_a_scheduler_that_is_not_there_or_not_asked_for_is_one_clear_line(store, monkeypatch):
+    pytest.importorskip("distributed")
+    monkeypatch.setattr("condcomp_lib.sweep.CONNECT_SECONDS", 1)
+    with pytest.raises(UsageError, match="a scheduler goes with backend 'dask', not with 'loky'"):
+        sweep(specs(1), compute, store, scheduler="tcp://127.0.0.1:1")
+    for address in ("tcp://127.0.0.1:1", "nonsense://x"):
+        with pytest.raises(UsageError, match="no Dask scheduler answers at"):
+            sweep(specs(1), compute, store, backend="dask", scheduler=address)
+    assert not list(store.records())
 
 
 def test_a_spec_given_twice_is_one_run(store):

@@ -113,7 +113,8 @@ def family(name: str) -> list[str]:
 def run(name: str, profile: str, **options: Any) -> list[Record]:
     """Compute what the store of `profile` lacks of the study (options as for `sweep.sweep`); return its records."""
     study, store = get(name), RunStore(paths.store(profile))
-    sweep.check_backend(options.get("backend", "loky"))
+    if not options.get("scheduler"):  # what a cluster can do is known once it answers
+        sweep.check_backend(options.get("backend", "loky"))
     for data in {spec.settings["dataset"] for spec in missing(name, profile)} - {NOISE}:
         datasets.fetch(data)  # once, here: a data set that cannot be had is one error, not one of every worker
     artefacts = RunStore(paths.artefacts(profile), environment())
