@@ -13,6 +13,7 @@ from condcomp_lib.studies import (
     blocks_accuracy,
     coactivation_results,
     conv_results,
+    conversion,
     joint_first,
     joint_results,
     lazy_results,
@@ -73,6 +74,7 @@ def blocks() -> dict[str, str]:
     together = studies.records("coactivation", "paper", partial=True)
     joint, first = (studies.records(name, "paper", partial=True) for name in ("joint", "joint-first"))
     filters, filters_timed = (studies.records(name, "paper", partial=True) for name in ("conv", "conv-time"))
+    converted = studies.records("conversion", "paper", partial=True)
     answered = sum(row["ours"] != "not yet" for row in rows)
     times = json.loads((paths.root() / "data" / "timings.json").read_text(encoding="utf-8"))
     return {
@@ -89,6 +91,7 @@ def blocks() -> dict[str, str]:
         "joint": tables.markdown(tables.frame(joint_results.brief(joint))),
         "first": tables.markdown(tables.frame(joint_first.table(first, joint))),
         "conv": tables.markdown(tables.frame(conv_results.brief(filters, filters_timed))),
+        "conversion": tables.markdown(tables.frame(conversion.table(converted))),
         "items": tables.markdown(pd.DataFrame(studies.items())),
         "answered": (
             f"**How far it is**: notebooks so far: {', '.join(reproduce.names())}; {answered} of {len(rows)} published "

@@ -120,3 +120,30 @@ def converted(report: Mapping[str, Any], axes: Sequence[Axes]) -> Sequence[Axes]
     axes[1].set_xlim(low, high * 2.5)
     axes[1].grid(axis="y", visible=False)
     return axes
+
+
+def kept_and_gained(fronts: Mapping[str, np.ndarray], axes: Sequence[Axes]) -> Sequence[Axes]:
+    """What converted networks keep of their accuracy, and how much faster they are, against activity.
+
+    `fronts` maps a network to activity, accuracy ratio, speed-up at batch 1 and at 128 (runs x 4).
+    """
+    for (name, rows), colour, marker in zip(fronts.items(), COLOURS, MARKERS, strict=False):
+        alone = len(set(rows[:, 0].round(2))) == 1  # one activity only: points
+        order = rows[rows[:, 0].argsort()]
+        for ax, column, line in ((axes[0], 1, "-"), (axes[1], 2, "-"), (axes[1], 3, ":")):
+            label = name if column == 1 else f"{name}, {'1 example' if column == 2 else '128'}"
+            ax.plot(100 * order[:, 0], order[:, column], "" if alone else line, color=colour, marker=marker,
+                    markersize=5, alpha=0.85, label=label)  # fmt: skip
+    for ax, level in zip(axes, (1, 1), strict=True):
+        ax.axhline(level, color=GREY, linewidth=0.8, linestyle=":")
+        ax.set(xscale="log", xlim=(1.7, 105), xlabel="activity on test data (%)")
+        ax.set_xticks((2, 5, 10, 25, 50, 100), ["2", "5", "10", "25", "50", "100"])
+        ax.minorticks_off()
+    axes[0].set(ylim=(0, 1.06), ylabel="accuracy / the full network's")
+    axes[1].set(yscale="log", ylabel="speed-up over the fastest dense engine")
+    ticks = (0.5, 1, 2, 5, 10, 20)
+    axes[1].set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes[1].minorticks_off()
+    axes[0].legend(loc="lower right", fontsize=8)
+    axes[1].legend(loc="upper right", fontsize=7)
+    return axes

@@ -186,7 +186,7 @@ def advice(found: Mapping[str, Any]) -> list[str]:
         told.append("the policy is the limit: give it more examples or more seconds")
     elif rungs["oracle, neurons"] > ratio + 0.02:
         told.append(f"groups of neurons are the limit: try more than {found['chosen']['groups']} of them")
-    else:
+    elif rungs["oracle, neurons"] < GOOD:
         told.append("even an oracle loses at this activity: ask for more, or train the network with dropout")
     if "control" in found and found["control"]["ratio"] > ratio + 0.005:
         told.append(f"a dense net of {found['control']['width']} neurons a layer keeps more at equal compute")
