@@ -60,9 +60,11 @@ def test_a_reference_is_light_and_keeps_no_traces(name, reference):
 
 
 def test_notebooks_state_call_and_show(name):
-    """No class or training loop in a notebook, and no function over ten lines."""
+    """No class or training loop in a notebook, and no function over ten lines; but for a user's own model, which must
+    be plain torch code that knows nothing of the library."""
     text = (paths.notebooks() / f"{name}.py").read_text(encoding="utf-8")
-    assert not re.search(r"^class |\.backward\(\)|getcwd|chdir", text, re.MULTILINE)
+    theirs = "" if name == "07_your_own_network" else r"|^class |\.backward\(\)"
+    assert not re.search(rf"getcwd|chdir{theirs}", text, re.MULTILINE)
     for function in re.findall(r"^def .*(?:\n(?:[ \t].*|$))*", text, re.MULTILINE):
         assert len(function.strip().splitlines()) <= 10
 
