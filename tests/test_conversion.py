@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from condcomp_lib import datasets, paths
 from condcomp_lib.conversion import choice, export, install, lazify, load, report, save
+from condcomp_lib.conversion.examples import collect
 from condcomp_lib.conversion.reading import read
 from condcomp_lib.conversion.saving import LoadError
 from condcomp_lib.errors import UsageError
@@ -72,6 +73,11 @@ class Functional(nn.Module):
         return self.head(x)
 
 
+class Cut(Functional):
+    def forward(self, x):
+        return self.head(torch.relu(self.second(torch.relu(self.first(x[:, :20])))))
+
+
 class Residual(Functional):
     def forward(self, x):
         h = torch.relu(self.first(x))
@@ -95,10 +101,12 @@ def moved(layer):
         nn.Sequential(nn.Linear(20, 16), nn.Tanh(), moved(nn.BatchNorm1d(16)), nn.Linear(16, 8), nn.Tanh(),
                       nn.Linear(8, 4)),
         nn.Sequential(moved(nn.BatchNorm1d(20)), nn.Linear(20, 16), nn.ReLU(), nn.Identity(), nn.Linear(16, 4)),
+        nn.Sequential(moved(nn.BatchNorm1d(20)), moved(nn.BatchNorm1d(20)), nn.Linear(20, 16), nn.ReLU(),
+                      moved(nn.BatchNorm1d(16)), moved(nn.BatchNorm1d(16)), nn.Linear(16, 4)),
         nn.Sequential(nn.Sequential(nn.Linear(20, 16), nn.ReLU()), nn.Sequential(nn.Linear(16, 4))),
         Functional(),
     ],
-    ids=["plain", "normalised before", "normalised after", "normalised first", "nested", "functional"],
+    ids=["plain", "normalised before", "normalised after", "first", "twice", "nested", "functional"],
 )  # fmt: skip
 def test_a_network_is_read_as_it_computes(net):
     net, x = net.eval(), inputs(50)
@@ -132,6 +140,8 @@ def test_shared_weights_and_half_precision_are_read():
          "keeps no running statistics"),
         (model(8).to("meta"), "", "has no numbers"),
         (Residual(), "", "no chain of layers"),
+        (Cut(), "", "no chain of layers: getitem"),
+        (nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(4, 2)), "", "normalises 5 features"),
         (model(8), "encoder.0", r"no layer 'encoder.0'; at its top there are: 0, 1, 2"),
         (nn.TransformerEncoderLayer(8, 2, 16, activation="gelu"), "", "activation is gelu"),
     ],
@@ -208,9 +218,11 @@ def test_labels_datasets_loaders_and_arrays_are_the_same_data():
     net, x = model(40), inputs()
     y = net(x).argmax(1)
     dataset = torch.utils.data.TensorDataset(x, y)
-    ways = ((x, y), dataset, torch.utils.data.DataLoader(dataset, 64), (x.numpy(), y.numpy()))
+    ways = ((x, y), torch.utils.data.DataLoader(dataset, 64), (x.numpy(), y.numpy()[:, None]), dataset)
     found = [lazify(net, given, 0.4, **QUICK) for given in ways]
-    assert all(torch.equal(one(x), found[0](x)) for one in found)
+    assert all(torch.equal(one(x), found[0](x)) for one in found[:-1])  # a Dataset is drawn from, in another order
+    assert {one.report["measure"] for one in found} == {"accuracy"}
+    assert lazify(net, torch.utils.data.TensorDataset(x), 0.4, **QUICK).report["measure"] == "agreement"
     assert found[0].report["measure"] == "accuracy"
     assert lazify(net, x, 0.4, **QUICK).report["measure"] == "agreement"
 
@@ -227,11 +239,72 @@ def test_labels_datasets_loaders_and_arrays_are_the_same_data():
         ((inputs(50), torch.zeros(49)), {"activity": 0.5}, "one number for each of 50 examples"),
         ((inputs(50), torch.full((50,), 7)), {"activity": 0.5}, "labels must be from 0 to 3"),
         (7, {"activity": 0.5}, "data are inputs, a pair"),
+        ((inputs(50), torch.rand(50)), {"activity": 0.5}, "labels must be whole numbers"),
+        ([{"x": inputs(50)}], {"activity": 0.5}, "a minibatch is a tensor of inputs, or inputs and labels; not dict"),
+        (inputs(), {"activity": "half"}, "activity is a share"),
+        (inputs(), {"activity": 0.5, "groups": 2.5}, "groups must be from 2"),
+        (inputs(), {"activity": 0.5, "groups": 0}, "groups must be from 2"),
+        (inputs(), {"activity": 0.5, "batch": "many"}, "unknown batch 'many'"),
     ],
 )
 def test_bad_input_is_one_clear_line(given, options, says):
     with pytest.raises(UsageError, match=says):
         lazify(model(32), given, **{**QUICK, **options})
+
+
+def test_a_sorted_dataset_is_drawn_from_and_not_cut_off(monkeypatch):
+    monkeypatch.setattr("condcomp_lib.conversion.examples.MOST_ROWS", 300)
+    x, y = inputs(3000), torch.arange(4).repeat_interleave(750)
+    net = model(32)
+    block = read(net)
+    found = collect(net, block, torch.utils.data.TensorDataset(x, y), 0)
+    assert np.bincount(found.data.train.y).min() > 20
+
+
+def test_rows_of_one_sentence_stay_together():
+    torch.manual_seed(0)
+    net = nn.TransformerEncoderLayer(8, 2, 32, 0.0, batch_first=True).eval()
+    x = torch.randn(40, 5, 8)
+    found = collect(net, read(net), x, 0)
+    assert [len(part) for part in (found.data.train, found.data.valid, found.data.test)] == [120, 40, 40]
+    assert not found.scores
+    fast = lazify(net, x, 1.0, **QUICK)
+    with torch.no_grad():
+        torch.testing.assert_close(install(net, "", fast)(x), net(x), rtol=1e-3, atol=1e-4)
+
+
+def test_an_answer_that_is_never_right_is_reported_and_not_fatal():
+    net, x = model(32), inputs()
+    wrong = (net(x).argmax(1) + 1) % 4
+    found = lazify(net, (x, wrong), 0.5, **QUICK).report
+    assert found["full"] == 0
+    assert np.isnan(found["ratio"]["estimate"])
+    assert report.rows(found)
+
+
+def test_outputs_that_are_no_scores_are_kept_in_the_mean_square():
+    net, x = model(64, classes=3), inputs(2000)
+    found = lazify(net, x, 0.8, scores=False, **{**QUICK, "epochs": 10}).report
+    assert found["measure"] == "variance kept"
+    assert 0.3 < found["lazy"] <= 1
+    assert lazify(model(64, classes=1), x, 0.8, **QUICK).report["measure"] == "variance kept"
+
+
+def test_half_precision_goes_in_and_comes_out():
+    net, x = model(32).to(torch.bfloat16), inputs()
+    fast = lazify(net, x, 0.9, **QUICK)
+    assert fast(x.bfloat16()).dtype == torch.bfloat16
+    assert fast(x.double()).dtype == torch.float64
+    around = nn.Sequential(nn.Linear(5, 20), net).to(torch.bfloat16)
+    inner = lazify(around, torch.randn(200, 5), 0.9, path="1", **QUICK)
+    with torch.no_grad():
+        assert install(around, "1", inner)(torch.randn(3, 5).bfloat16()).dtype == torch.bfloat16
+
+
+def test_examples_that_are_mixed_are_refused():
+    net = nn.Sequential(nn.Flatten(0, 1), *model(32))
+    with pytest.raises(UsageError, match="it mixes them"):
+        lazify(net, torch.randn(50, 3, 20), 0.5, **QUICK)
 
 
 def test_a_forward_that_does_more_than_its_layers_is_found_out():
@@ -263,12 +336,15 @@ def test_advice_follows_the_numbers():
             "latency": {"1": {"speedup": 2.0}}}  # fmt: skip
 
     def told(neurons, groups, **more):
-        ladder = {"oracle, neurons": neurons, "oracle, groups": groups}
+        ladder = {"oracle, neurons": neurons, "oracle, groups": groups, "learned": 0.9}
         return " ".join(report.advice({**base, "ladder": ladder, **more}))
 
-    assert "the policy is the limit" in told(1.0, 0.98)
-    assert "try more than 9" in told(1.0, 0.91)
-    assert "even an oracle loses" in told(0.91, 0.9)
+    assert "more examples or more seconds" in told(1.0, 0.98)
+    assert "try more groups than 9" in told(1.0, 0.91)
+    assert "the policy keeps as much as the oracles" in told(0.91, 0.9)
+    slow = {"latency": {"1": {"speedup": 0.9}}}
+    assert "too small" in told(1.0, 0.98, **slow)
+    assert "too much of it is evaluated" in told(1.0, 0.98, **slow, weights=2_000_000)
     assert "a dense net of 5 neurons" in told(1.0, 0.98, control={"width": 5, "ratio": 0.95})
     assert "ask for less" in told(1.0, 1.0, ratio={"estimate": 0.995})
 
@@ -287,13 +363,28 @@ def test_saved_and_loaded_it_is_the_same_to_the_bit(tmp_path, digits, converted)
     assert torch.equal(again(x), converted(x))
     assert torch.equal(again.evaluate(x)[1], converted.evaluate(x)[1])
     assert again.report == converted.report
-    for batch in ("per-example", "shared"):
-        other = lazify(model(40), inputs(), 1.0, batch=batch, **QUICK)
-        assert load(save(other, tmp_path / "other.safetensors")).batch == batch
+    other = lazify(model(40), inputs(), 0.4, batch="per-example", **QUICK)
+    loaded = load(save(other, tmp_path / "other.safetensors"))
+    assert loaded.batch == "per-example"
+    assert torch.equal(loaded(inputs()), other(inputs()))
+
+
+def test_what_lazify_does_not_make_is_not_saved(tmp_path, converted):
+    from condcomp_lib import kernels
+    from condcomp_lib.lazy import LazyNetwork
+    from condcomp_lib.policies import Budget, Policy
+
+    lazy = converted.lazy
+    policy = Policy(lazy.partition, 64, None, torch.Generator(), always_on=True)
+    other = kernels.compile(LazyNetwork(lazy.target, lazy.partition, policy, Budget((3, 3))), "one")
+    with pytest.raises(UsageError, match="only networks as `lazify` makes them"):
+        save(other, tmp_path / "net")
+    assert not (tmp_path / "net").exists()
 
 
 def test_a_foreign_or_damaged_file_is_refused_in_one_line(tmp_path, converted):
-    from safetensors.torch import save_file
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
 
     whole = save(converted, tmp_path / "net.safetensors").read_bytes()
     bad = tmp_path / "bad.safetensors"
@@ -313,6 +404,20 @@ def test_a_foreign_or_damaged_file_is_refused_in_one_line(tmp_path, converted):
         load(bad)
     with pytest.raises(LoadError, match="no such file"):
         load(tmp_path / "absent")
+    head = json.loads(safe_open(tmp_path / "net.safetensors", "pt").metadata()["condcomp"])
+    tensors = load_file(tmp_path / "net.safetensors")
+    compiled = {"batch": "one", "threads": 10**9, "dtype": "float32"}
+    hostile = ([], {"groups": -3}, {"groups": 1.5}, {"decision": {"counts": [1.5, 2]}}, {"activation": "gelu"},
+               {"decision": {"levels": ["nan", 0.0]}}, {"decision": {"levels": [0.0]}}, {"compiled": compiled},
+               {"pool": {"shape": [1, -4, -5], "size": 1}}, {"report": 3})  # fmt: skip
+    for change in hostile:
+        wrong = change if isinstance(change, list) else {**head, **change}
+        save_file(tensors, bad, {"condcomp": json.dumps(wrong)})
+        with pytest.raises(LoadError, match=r"bad.safetensors: "):
+            load(bad)
+    save_file({"partition.0": tensors["partition.0"]}, bad, {"condcomp": json.dumps(head)})
+    with pytest.raises(LoadError, match=r"bad.safetensors: "):
+        load(bad)
     later = whole.replace(b'\\"version\\": 1', b'\\"version\\": 9', 1)
     assert later != whole
     bad.write_bytes(later)
@@ -338,6 +443,10 @@ def test_it_is_a_module_for_processes_threads_and_inference_mode(digits, convert
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         assert torch.equal(pool.submit(scores_of, converted, x).result(), wanted)
     assert torch.equal(nn.Sequential(converted)(x), wanted)
+    assert torch.equal(copy.deepcopy(converted)(x), wanted)
+    assert torch.equal(copy.deepcopy(converted).half()(x), wanted)  # its numbers are packed
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        converted.load_state_dict(converted.lazy.state_dict())
 
 
 @pytest.mark.parametrize("decision", ["threshold", "budget"])

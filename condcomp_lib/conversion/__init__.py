@@ -11,7 +11,7 @@ from condcomp_lib.conversion import choice, report
 from condcomp_lib.conversion.examples import collect
 from condcomp_lib.conversion.reading import install, read
 from condcomp_lib.conversion.saving import export, load, save
-from condcomp_lib.errors import UsageError
+from condcomp_lib.errors import UsageError, unknown
 from condcomp_lib.kernels import FastLazy
 
 __all__ = ["export", "install", "lazify", "load", "save"]
@@ -29,6 +29,7 @@ def lazify(
     groups: int | None = None,
     control: bool = True,
     batch: str = "one",
+    scores: bool | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> FastLazy:
@@ -43,7 +44,12 @@ def lazify(
     labels are optional. `path` of the chain inside a larger model, or of a TransformerEncoderLayer, whose feed-forward
     part is meant; see `install`. `finetune` trains a copy of the weights, too. `seconds` that training may take, or
     `epochs` instead, which makes the result the same on every machine. `groups` in each layer (None: by the widths).
-    `control`: a dense net of equal compute is trained beside. `batch` as for `kernels.compile`. `progress` bars.
+    `control`: a dense net of equal compute is trained beside. `batch` as for `kernels.compile`. `scores`: whether the
+    outputs are scores of classes (None: those of a whole model with more than one), else their mean square counts.
+    `progress` bars.
+
+    Give examples that the model has not been trained on where you can: on those it has, it is better than it is, and a
+    lazy network, which has its weights, is compared with a control that has not seen what is held back.
 
     Raises UsageError that names a layer which is not supported, or says what does not fit.
 
@@ -53,17 +59,19 @@ def lazify(
     >>> fast(torch.zeros(3, 16)).shape
     torch.Size([3, 4])
     """
-    if not 0 < activity <= 1:
+    if not isinstance(activity, int | float) or not 0 < activity <= 1:
         raise UsageError(f"activity is a share of the hidden neurons, above 0 up to 1, not {activity}")
     if not 0 < seconds < math.inf or (epochs is not None and epochs < 1):
         raise UsageError(f"give training some time: seconds above 0 or epochs of at least 1, not {seconds}, {epochs}")
+    if batch not in kernels.BATCHES:
+        raise unknown("batch", batch, kernels.BATCHES)
     started = time.perf_counter()
     block = read(model, path)
-    examples = collect(model, block, data, seed)
+    examples = collect(model, block, data, seed, scores)
     chosen = choice.prepared(block.target, examples, activity, groups, seed)
     left = seconds - (time.perf_counter() - started)
     share = 0.7 if control else 0.95
-    trained = choice.trained(chosen, examples, finetune, left * share, epochs, seed, progress)
+    trained = choice.trained(chosen, block.target, examples, finetune, left * share, epochs, seed, progress)
     fast = kernels.compile(trained.lazy, batch)
     left = seconds - (time.perf_counter() - started)
     fast.report = report.written(

@@ -84,8 +84,10 @@ def prepared(target: MLP, examples: Examples, activity: float, groups: int | Non
     """The lazy network before training: the partition and the spread over layers with which the oracle loses least."""
     pool = pool_of(examples)
     reads = pool.outputs if pool else target.inputs
-    count = groups or groups_of(target, reads)
-    if not 2 <= count <= min(target.hidden):
+    count = groups_of(target, reads) if groups is None else groups
+    if min(target.hidden) < 2:
+        raise UsageError("a hidden layer of one neuron cannot be cut into groups")
+    if not isinstance(count, int) or not 2 <= count <= min(target.hidden):
         raise UsageError(
             f"groups must be from 2 to the {min(target.hidden)} neurons of the smallest layer, not {count}"
         )
@@ -139,10 +141,17 @@ class _Training(PolicyTraining):
 
 
 def trained(
-    chosen: Chosen, examples: Examples, finetune: bool, seconds: float, epochs: int | None, seed: int, progress: bool
+    chosen: Chosen,
+    target: MLP,
+    examples: Examples,
+    finetune: bool,
+    seconds: float,
+    epochs: int | None,
+    seed: int,
+    progress: bool,
 ) -> Chosen:
     """The same lazy network with a trained policy, decided by thresholds or by a budget, whichever keeps more on
-    validation data; its target is a copy where it is fine-tuned."""
+    validation data of what `target`, the model as it was, answers; its own is a copy where it is fine-tuned."""
     lazy, data = chosen.lazy, examples.data
     if min(chosen.rates) >= 1:
         every = tuple(lazy.partition.groups_by_gate)
@@ -169,7 +178,7 @@ def trained(
         training.run(title if progress else None)
         seconds -= time.perf_counter() - started
         first, wanted, done = (training.first if not finetune else None), training.wanted, done + planned["max_epochs"]
-    name, decided = _decided(lazy, examples, chosen.rates)
+    name, decided = _decided(lazy, target, examples, chosen.rates)
     return Chosen(decided, chosen.rates, {**chosen.told, "decision": name, "epochs": done, "finetuned": finetune})
 
 
@@ -213,7 +222,7 @@ def _planned(
     return {"max_epochs": 1, "epoch_examples": int(max(1, steps)) * settings["batch"]}
 
 
-def _decided(lazy: LazyNetwork, examples: Examples, rates: list[float]) -> tuple[str, LazyNetwork]:
+def _decided(lazy: LazyNetwork, target: MLP, examples: Examples, rates: list[float]) -> tuple[str, LazyNetwork]:
     """By thresholds or by a budget, which keeps more of the model's answers on validation data."""
     x = torch.from_numpy(examples.data.valid.x)
     ways = {
@@ -226,7 +235,7 @@ def _decided(lazy: LazyNetwork, examples: Examples, rates: list[float]) -> tuple
         evaluated = evaluate(own, x)
         off = abs(own.partition.activity(evaluated.mask).mean().item() - asked)
         if off <= CLOSE or name == "calibrated threshold":
-            found[name] = kept(evaluated.scores, examples.data.valid.y, x, lazy.mlp, examples.scores)
+            found[name] = kept(evaluated.scores, examples.data.valid.y, x, target, examples.scores)
     best = max(found, key=lambda name: found[name])
     return best, ways[best]
 

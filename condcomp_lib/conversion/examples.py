@@ -17,7 +17,7 @@ from condcomp_lib.errors import UsageError
 
 MOST_ROWS = 40_000  # that are kept: a few epochs of them are all that a time budget allows
 HELD_OUT = 5000  # examples for thresholds, and as many for the report, at most; a fifth of all each
-AGREES = {torch.float16: 0.05, torch.bfloat16: 0.2}  # largest difference of scores, as a share; float32: 1e-3
+AGREES = {torch.float16: 0.1, torch.bfloat16: 0.5}  # largest difference of an output over its spread; float32: 0.01
 LEAST = 5  # examples
 
 
@@ -31,63 +31,88 @@ class Examples:
     labelled: bool
 
 
-def collect(model: nn.Module, block: Block, data: Any, seed: int) -> Examples:
+def collect(model: nn.Module, block: Block, data: Any, seed: int, scores: bool | None = None) -> Examples:
     """The user's examples, at most MOST_ROWS of them, as the block sees them.
 
     Arguments: `data` inputs alone (a tensor or an array), a pair of inputs and labels, or an iterable of minibatches of
-    either (a DataLoader); a torch Dataset of pairs. Labels are the numbers of classes.
+    either (a DataLoader); a torch Dataset of pairs. Labels are the numbers of classes. `scores` whether the model's
+    outputs are scores of classes (None: those of a whole model with more than one).
 
     Raises UsageError where they do not fit the model, or the model's outputs are not those of its chain of layers.
     """
-    x, y = _tensors(data)
+    x, y = _tensors(data, seed)
     if len(x) < LEAST:
         raise UsageError(f"at least {LEAST} examples are needed to calibrate on, not {len(x)}")
-    if y is not None and (y.ndim != 1 or len(y) != len(x)):
-        raise UsageError(f"labels must be one number for each of {len(x)} examples, not of shape {list(y.shape)}")
+    y = None if y is None else _labels(y, len(x))
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:MOST_ROWS]
-    x, y = x[order], None if y is None else y[order].long()
-    rows, outputs = _seen(model, block, x)
-    if len(rows) != len(x):  # tokens: more rows than examples
-        kept = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:MOST_ROWS]
-        rows, outputs, y = rows[kept], outputs[kept], None
-    classes = outputs.shape[1]
-    scores = not block.path and classes > 1
-    if y is not None and scores and not 0 <= int(y.min()) <= int(y.max()) < classes:
+    x, y = x[order], None if y is None else y[order]
+    rows, outputs, seen = _seen(model, block, x)
+    each, rest = divmod(len(rows), seen)  # tokens: more rows than examples, those of one example together
+    if rest or len(outputs) != len(rows):
+        raise UsageError(f"{seen} examples reach the layers as {len(rows)} rows and leave as {len(outputs)}: the model "
+                         "mixes examples")  # fmt: skip
+    most = MOST_ROWS // each * each
+    rows, outputs, y = rows[:most], outputs[:most], None if y is None or each > 1 else y[:most]
+    classes, whole = outputs.shape[1], not block.path and not isinstance(block.place, nn.TransformerEncoderLayer)
+    own = (whole and classes > 1) if scores is None else scores
+    if y is not None and own and not 0 <= int(y.min()) <= int(y.max()) < classes:
         raise UsageError(f"labels must be from 0 to {classes - 1}, the model's scores, not from {int(y.min())} to "
                          f"{int(y.max())}")  # fmt: skip
-    labelled = y is not None and scores
-    shape = tuple(x.shape[1:]) if x.ndim == 4 and not block.path else (1, 1, rows.shape[1])
-    wanted = y if labelled and y is not None else outputs.argmax(1)
-    return Examples(_split(rows, wanted, shape, classes), scores, labelled)
+    shape = tuple(x.shape[1:]) if x.ndim == 4 and whole else (1, 1, rows.shape[1])
+    wanted = y if y is not None and own else outputs.argmax(1)
+    return Examples(_split(rows, wanted, shape, classes, each), own, y is not None and own)
 
 
-def _tensors(data: Any) -> tuple[Tensor, Tensor | None]:
+def _labels(y: Tensor, count: int) -> Tensor:
+    """The numbers of classes (int64, examples)."""
+    if y.ndim == 2 and y.shape[1] == 1:
+        y = y[:, 0]
+    if y.ndim != 1 or len(y) != count:
+        raise UsageError(f"labels must be one number for each of {count} examples, not of shape {list(y.shape)}")
+    if y.is_floating_point() and not torch.equal(y, y.round()):
+        raise UsageError("labels must be whole numbers of classes; for other outputs give inputs alone, scores=False")
+    return y.long()
+
+
+def _tensors(data: Any, seed: int) -> tuple[Tensor, Tensor | None]:
+    """All inputs and labels as tensors; of a Dataset at most MOST_ROWS examples, drawn at random."""
     if isinstance(data, Tensor | np.ndarray):
         return torch.as_tensor(data), None
     if isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(p, Tensor | np.ndarray) for p in data):
         return torch.as_tensor(data[0]), torch.as_tensor(data[1])
-    if hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, tuple | list):
-        data = torch.utils.data.DataLoader(data, batch_size=256)
+    if hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, tuple | list | dict):
+        drawn = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:MOST_ROWS]
+        data = torch.utils.data.DataLoader(torch.utils.data.Subset(data, drawn.tolist()), batch_size=256)
     if not isinstance(data, Iterable):
         raise UsageError(f"data are inputs, a pair (inputs, labels), a Dataset or a DataLoader; not a "
                          f"{type(data).__name__}")  # fmt: skip
     xs, ys, count = [], [], 0
     for part in data:
-        x, y = part if isinstance(part, tuple | list) and len(part) == 2 else (part, None)
-        xs.append(torch.as_tensor(x))
-        ys += [] if y is None else [torch.as_tensor(y)]
-        count += len(xs[-1])
+        x, y = _pair(part)
+        xs.append(x)
+        ys += [] if y is None else [y]
+        count += len(x)
         if count >= MOST_ROWS:
             break
     if not xs:
         raise UsageError("data hold no example")
-    return torch.cat(xs), torch.cat(ys) if ys else None
+    return torch.cat(xs), torch.cat(ys) if len(ys) == len(xs) else None
+
+
+def _pair(part: Any) -> tuple[Tensor, Tensor | None]:
+    """Inputs and labels of a minibatch: a tensor, or one or two of them."""
+    parts = part if isinstance(part, tuple | list) else (part,)
+    if len(parts) not in (1, 2) or not all(isinstance(one, Tensor | np.ndarray) for one in parts):
+        raise UsageError("a minibatch is a tensor of inputs, or inputs and labels; not "
+                         f"{type(part).__name__} of {', '.join(type(one).__name__ for one in parts)}")  # fmt: skip
+    x, *y = (torch.as_tensor(one) for one in parts)
+    return x, y[0] if y else None
 
 
 @torch.inference_mode()
-def _seen(model: nn.Module, block: Block, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows (float32, rows x features) that reach the block and what it makes of them, with the check that its chain of
-    layers gives what the model gives."""
+def _seen(model: nn.Module, block: Block, x: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Rows (float32, rows x features) that reach the block, what it makes of them, and of how many examples they are;
+    with the check that its chain of layers gives what the model gives."""
     where = next(iter(model.parameters()), torch.zeros(()))
     place = block.place.linear1 if isinstance(block.place, nn.TransformerEncoderLayer) else block.place
     end = block.place.linear2 if isinstance(block.place, nn.TransformerEncoderLayer) else block.place
@@ -102,10 +127,15 @@ def _seen(model: nn.Module, block: Block, x: Tensor) -> tuple[Tensor, Tensor]:
     ]
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # a transformer's fused path calls no layer, so no hook
+    seen = 0
     try:
         for part in x.split(1024):
             moved = part.to(where.device, where.dtype) if part.is_floating_point() else part.to(where.device)
-            twin[id(model)](moved)
+            given = twin[id(model)](moved)
+            seen += len(part)
+            if not isinstance(given, Tensor) or len(given) != len(part):
+                raise UsageError(f"the model makes no tensor of {len(part)} answers of {len(part)} examples: it mixes "
+                                 "them, or returns something else")  # fmt: skip
             if sum(map(len, rows)) >= 2 * MOST_ROWS:
                 break
     except (RuntimeError, ValueError, TypeError) as error:
@@ -116,12 +146,15 @@ def _seen(model: nn.Module, block: Block, x: Tensor) -> tuple[Tensor, Tensor]:
         for hook in hooks:
             hook.remove()
     inputs, outputs = torch.cat(rows), torch.cat(found)
+    if len(inputs) != len(outputs):
+        return inputs, outputs, seen
     own = torch.cat([block.target(part) for part in inputs.split(2048)])
-    off = float((own - outputs).abs().max() / outputs.abs().max().clamp(min=1e-12))
-    if not off <= AGREES.get(where.dtype, 1e-3):
-        raise UsageError(f"the model's outputs differ from those of its layers in a chain by {off:.0%} of the largest: "
-                         "its forward does more than its layers say")  # fmt: skip
-    return inputs, own
+    spread = outputs.std(0) + 1e-3 * outputs.abs().amax(0) + 1e-12  # of each output, whatever the others' size
+    off = float(((own - outputs).abs() / spread).max())
+    if not off <= AGREES.get(where.dtype, 0.01):
+        raise UsageError(f"the model's outputs differ from those of its layers in a chain, by {off:.2g} of their "
+                         "spread: its forward does more than its layers say")  # fmt: skip
+    return inputs, outputs, seen
 
 
 def _flat(given: Tensor, features: int) -> Tensor:
@@ -130,9 +163,10 @@ def _flat(given: Tensor, features: int) -> Tensor:
     return given.detach().reshape(-1, features).float().cpu() if wide else given.detach().flatten(1).float().cpu()
 
 
-def _split(x: Tensor, y: Tensor, shape: Any, classes: int) -> Dataset:
-    """A fifth each, at most HELD_OUT, to calibrate and to report; the rest to learn from."""
-    held = max(1, min(HELD_OUT, len(x) // 5))
+def _split(x: Tensor, y: Tensor, shape: Any, classes: int, each: int) -> Dataset:
+    """A fifth of the examples each, at most HELD_OUT rows, to calibrate and to report; the rest to learn from. The
+    `each` rows of an example stay together."""
+    held = each * max(1, min(HELD_OUT // each, len(x) // each // 5))
     sizes = [len(x) - 2 * held, held, held]
     learn, valid, test = (Split(a.contiguous().numpy(), b.contiguous().numpy())
                           for a, b in zip(x.split(sizes), y.split(sizes), strict=True))  # fmt: skip

@@ -19,7 +19,7 @@ KEPT_AS_IT_IS = (nn.Dropout, nn.AlphaDropout, nn.Identity, nn.Flatten)  # nothin
 CALLS: dict[Any, str] = {
     functional.relu: "relu", torch.relu: "relu", torch.tanh: "tanh", functional.tanh: "tanh", functional.dropout: "",
     torch.flatten: "", "relu": "relu", "tanh": "tanh", "flatten": "", "view": "", "reshape": "", "size": "",
-    operator.getitem: "", getattr: "",
+    getattr: "",
 }  # fmt: skip
 
 
@@ -107,7 +107,7 @@ def _traced(place: nn.Module) -> list[tuple[str, Any]]:
                 continue  # asked for the sake of a view
             found += [(node.name, CALLS[node.target])] if CALLS[node.target] else []
             last = node
-        elif node.op == "call_function" and node.target is operator.getitem:
+        elif node.target is operator.getitem and getattr(node.args[0], "target", None) in ("size", getattr):
             continue
         else:
             raise UsageError(f"{told}: {node.name} ({node.target}) is not supported; supported are {SUPPORTED}")
@@ -134,11 +134,12 @@ def _joined(layers: list[tuple[str, Any]]) -> MLP:
             scale, shift = None, None
         elif isinstance(layer, nn.BatchNorm1d):
             own = _affine(name, layer)
+            if linears and layer.num_features != len(linears[-1][0]):
+                raise UsageError(f"layer {name!r} normalises {layer.num_features} features, the layer before has "
+                                 f"{len(linears[-1][0])}")  # fmt: skip
             if after:
                 weight, bias = linears[-1]
                 linears[-1] = own[0][:, None] * weight, own[0] * bias + own[1]
-            elif not linears:
-                scale, shift = own
             else:
                 scale, shift = own if scale is None or shift is None else (own[0] * scale, own[0] * shift + own[1])
         elif not after:
@@ -196,12 +197,12 @@ def install(model: nn.Module, path: str, fast: nn.Module) -> nn.Module:
     >>> install(model, "", nn.Identity())
     Identity()
     """
-    if not path:
-        return fast
     found = copy.deepcopy(model).eval()
     place = found.get_submodule(path)
-    parent, _, name = path.rpartition(".")
     new = LazyEncoderLayer(place, fast) if isinstance(place, nn.TransformerEncoderLayer) else fast
+    if not path:
+        return new
+    parent, _, name = path.rpartition(".")
     setattr(found.get_submodule(parent), name, new)
     return found
 

@@ -29,6 +29,7 @@ JUDGED = 2000  # examples of the oracle ladder
 CONTROL_EPOCHS = 10
 Z = 1.96  # of a 95% interval
 GOOD = 0.99  # a ratio at which nothing more has to be tried
+LARGE = 1_000_000  # weights from which on time is gained at a quarter of the neurons
 
 
 def written(
@@ -54,7 +55,7 @@ def written(
         "lazy": own,
         "ratio": _ratio(scores, _scores(target, x), y, examples.scores, own, full),
         "latency": latency(fast, target, x),
-        "ladder": ladder(lazy, target, examples, own / full),
+        "ladder": ladder(lazy, target, examples),
     }  # fmt: skip
     if control_seconds:
         found["control"] = control(target, examples, cost.total_multiply_adds, control_seconds, epochs, seed, full)
@@ -67,9 +68,14 @@ def _scores(target: MLP, x: Tensor) -> Tensor:
     return torch.cat([target(part) for part in x.split(2048)])
 
 
+def _share(own: float, full: float) -> float:
+    """What is kept of what the full network has; NaN where that is nothing."""
+    return own / full if full else math.nan
+
+
 def _ratio(scores: Tensor, full: Tensor, y: np.ndarray, classes: bool, own: float, whole: float) -> dict[str, float]:
     """Accuracy ratio with its 95% interval over examples, which both answer (delta method); of variance kept none."""
-    ratio = own / whole if whole else math.nan
+    ratio = _share(own, whole)
     if not classes or not whole:
         return {"estimate": ratio, "low": math.nan, "high": math.nan}
     labels = torch.from_numpy(y)
@@ -110,12 +116,14 @@ def latency(fast: FastLazy, target: MLP, x: Tensor) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def ladder(lazy: LazyNetwork, target: MLP, examples: Examples, learned: float) -> dict[str, float]:
-    """What is kept, as a share of the full network's, by an oracle that chooses neurons, by one that chooses these
-    groups, by the policy (`learned`), and by as many groups drawn blindly: the same activity in each layer."""
+def ladder(lazy: LazyNetwork, target: MLP, examples: Examples) -> dict[str, float]:
+    """What is kept, as a share of the full network's, by an oracle that ranks neurons, by one that ranks these groups
+    (both greedily, by what each contributes: landmarks, no bounds), by the policy, and by as many groups drawn blindly:
+    the same activity in each layer, the same examples. Oracles know the model as it was, before any fine-tuning."""
     x, y = torch.from_numpy(examples.data.test.x[:JUDGED]), examples.data.test.y[:JUDGED]
     full = kept(_scores(target, x), y, x, target, examples.scores)
-    mask = evaluate(lazy, x).mask
+    evaluated = evaluate(lazy, x)
+    mask = evaluated.mask
     rates = [n / w for n, w in zip(lazy.cost(mask).neurons, lazy.target.hidden, strict=True)]
     rates = [min(1.0, max(rate, 1e-3)) for rate in rates]
     alone = cut_into_blocks(target.hidden, 1)
@@ -128,9 +136,10 @@ def ladder(lazy: LazyNetwork, target: MLP, examples: Examples, learned: float) -
     )  # fmt: skip
     drawn = tuple(torch.full((lazy.partition.groups,), rate) for rate in rates)
     rungs["blind"] = decided_by(lazy, Blind(drawn, torch.Generator().manual_seed(0)))
-    found = {name: kept(evaluate(net, x).scores, y, x, target, examples.scores) / full for name, net in rungs.items()}
-    blind = found.pop("blind")
-    return {**found, "learned": learned, "blind": blind}
+    scored = {name: evaluate(net, x).scores for name, net in rungs.items()}
+    ordered = {**scored, "learned": evaluated.scores, "blind": scored["blind"]}
+    ordered["blind"] = ordered.pop("blind")
+    return {name: _share(kept(own, y, x, target, examples.scores), full) for name, own in ordered.items()}
 
 
 def control(
@@ -167,7 +176,7 @@ def control(
     fit(small, loss, score, len(x), plan(epochs=planned, batch=batch), draws)
     test = torch.from_numpy(data.test.x)
     own = kept(_scores(small, test), data.test.y, test, target, examples.scores)
-    return {"width": width, "kept": own, "ratio": own / full}
+    return {"width": width, "kept": own, "ratio": _share(own, full), "epochs": planned}
 
 
 def advice(found: Mapping[str, Any]) -> list[str]:
@@ -176,18 +185,19 @@ def advice(found: Mapping[str, Any]) -> list[str]:
     fastest = {batch: one["speedup"] for batch, one in found["latency"].items() if batch != "skipped"}
     tuned = found["chosen"].get("finetuned")
     if max(fastest.values()) < 1.1:
-        told.append(f"nothing is to be gained in time: {found['weights']:,} weights are evaluated in full as fast; "
-                    "larger networks gain (from about a million weights)")  # fmt: skip
+        why = "it is too small" if found["weights"] < LARGE else "too much of it is evaluated"
+        told.append(f"nothing is to be gained in time with {found['weights']:,} weights at this activity: {why}")
     if ratio >= GOOD:
         return told or ["nothing is lost at this activity: ask for less"]
     if not tuned:
         told.append("finetune=True, which trains a copy of the weights, too")
-    if rungs["oracle, groups"] > ratio + 0.02:
-        told.append("the policy is the limit: give it more examples or more seconds")
-    elif rungs["oracle, neurons"] > ratio + 0.02:
-        told.append(f"groups of neurons are the limit: try more than {found['chosen']['groups']} of them")
-    elif rungs["oracle, neurons"] < GOOD:
-        told.append("even an oracle loses at this activity: ask for more, or train the network with dropout")
+    learned = rungs["learned"]
+    if rungs["oracle, groups"] > learned + 0.02:
+        told.append("an oracle keeps more with these groups: give the policy more examples or more seconds")
+    elif rungs["oracle, neurons"] > learned + 0.02:
+        told.append(f"an oracle of single neurons keeps more: try more groups than {found['chosen']['groups']}")
+    else:
+        told.append("the policy keeps as much as the oracles: ask for more activity, or train the network with dropout")
     if "control" in found and found["control"]["ratio"] > ratio + 0.005:
         told.append(f"a dense net of {found['control']['width']} neurons a layer keeps more at equal compute")
     return told

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
@@ -23,6 +23,7 @@ from condcomp_lib.targets import MLP
 
 FORMAT = "condcomp lazy network"
 VERSION = 1
+LARGEST = 2**20  # number that a header may hold
 
 
 class LoadError(CondcompError):
@@ -33,8 +34,10 @@ def save(fast: FastLazy, path: str | Path) -> Path:
     """Write a converted network to one file: weights and partition as safetensors, everything else as JSON in its
     header. The file appears whole or not at all. Returns its path."""
     lazy = fast.lazy
-    if not isinstance(lazy.target, MLP) or lazy.rescale != "none" or lazy.fill is not None:
-        raise UsageError("only converted networks are saved: fully connected, not rescaled, nothing filled in")
+    plain = isinstance(lazy.target, MLP) and lazy.rescale == "none" and lazy.fill is None
+    if not plain or lazy.policy.always_on or lazy.policy.limits or lazy.partition.counts:
+        raise UsageError("only networks as `lazify` makes them are saved: fully connected, not rescaled, nothing "
+                         "filled in, as many groups in each layer, no group always on, no limits")  # fmt: skip
     tensors: dict[str, Tensor] = {}
     for owner, layers in (("target", lazy.target.linears), ("policy", lazy.policy.gates)):
         for index, layer in enumerate(layers):
@@ -87,17 +90,37 @@ def load(path: str | Path) -> FastLazy:
                                 f"{VERSION}")  # fmt: skip
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
         lazy = _built(head, tensors)
-        fast = kernels.compile(lazy, **head["compiled"])
-    except (SafetensorError, json.JSONDecodeError, KeyError, TypeError, ValueError, RuntimeError, OSError) as error:
-        raise LoadError(f"{path}: damaged, or no converted network ({str(error).splitlines()[0]})") from error
+        own, found = head["compiled"], head["report"]
+        fast = kernels.compile(lazy, own["batch"], own["threads"], own["dtype"])
+    except LoadError:
+        raise
     except UsageError as error:
         raise LoadError(f"{path}: its parts do not fit one another ({error})") from error
-    fast.report = head["report"]
+    except Exception as error:  # whatever a file that somebody else wrote makes of it
+        told = (str(error).splitlines() or [type(error).__name__])[0]
+        raise LoadError(f"{path}: damaged, or no converted network ({told})") from error
+    fast.report = found
     return fast
+
+
+def _check(head: Any) -> None:
+    """Raise ValueError where the header is not as `save` writes it."""
+    whole = {"groups": head["groups"], "threads": head["compiled"]["threads"]}
+    whole |= {f"count {i}": count for i, count in enumerate(head["decision"].get("counts", []))}
+    if head["pool"]:
+        whole |= {f"side {i}": side for i, side in enumerate([*head["pool"]["shape"], head["pool"]["size"]])}
+    for name, value in whole.items():
+        if type(value) is not int or not 1 <= value <= LARGEST:
+            raise ValueError(f"{name} is {value!r}")
+    if any(math.isnan(float(level)) for level in head["decision"].get("levels", [])):
+        raise ValueError("a level is no number")
+    if not isinstance(head["report"], dict | None):
+        raise ValueError("the report is no table")
 
 
 @torch.no_grad()
 def _built(head: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> LazyNetwork:
+    _check(head)
     layers = sum(name.startswith("target.") and name.endswith(".weight") for name in tensors)
     weights = [tensors[f"target.{index}.weight"] for index in range(layers)]
     hidden = [len(weight) for weight in weights[:-1]]

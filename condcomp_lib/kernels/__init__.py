@@ -26,16 +26,19 @@ class FastLazy(nn.Module):
 
     Called with inputs it returns their scores, as the lazy network does; `evaluate` returns the masks, too. `lazy` is
     the reference that it was compiled from, a copy: what is trained later reaches neither. Several threads may use it
-    at a time; each has its own room to work in, kept from call to call, so that only results are allocated. Pickled, it
-    is the reference, and compiled again where it arrives.
+    at a time; each has its own room to work in, kept from call to call, so that only results are allocated. Pickled or
+    copied, it is the reference, compiled again. As a module it has no parameters, no state and no hooks: its numbers
+    are packed, in float32 on the processor, whatever type and device its inputs have (the scores have them, too).
     """
 
     kernel = staticmethod(cpu.run)
 
     def __init__(self, packed: Packed, batch: str, threads: int, lazy: LazyNetwork, dtype: str) -> None:
         super().__init__()
+        self.lazy: LazyNetwork
         self.report: dict[str, Any] | None = None  # where it was converted from a user's network, see `conversion`
-        self.packed, self.batch, self.threads, self.lazy, self.dtype = packed, batch, threads, lazy, dtype
+        self.packed, self.batch, self.threads, self.dtype = packed, batch, threads, dtype
+        self.__dict__["lazy"] = lazy  # no part of the module: what is loaded or cast there would not reach the kernel
         self.inputs, self.classes = int(packed.meta[pack.INPUTS]), int(packed.meta[pack.CLASSES])
         self._most = {"one": 1, "per-example": cpu.ROWS, "shared": None}[batch]  # examples at a time
         self._rooms = threading.local()
@@ -90,7 +93,7 @@ class FastLazy(nn.Module):
     def _rows(self, x: Any) -> np.ndarray:
         """The inputs as the kernel is compiled for: one writable block of float32 numbers."""
         if x.__class__ is not np.ndarray:
-            x = x.detach().float().numpy() if isinstance(x, Tensor) else np.asarray(x)
+            x = x.detach().float().cpu().numpy() if isinstance(x, Tensor) else np.asarray(x)
         if x.ndim != 2 or x.shape[1] != self.inputs:
             raise UsageError(f"inputs must be examples x {self.inputs} features, not {' x '.join(map(str, x.shape))}")
         found: np.ndarray = x if x.dtype == _FLOAT and x.flags.carray else np.array(x, _FLOAT, order="C")
@@ -137,7 +140,11 @@ class FastFilters(FastLazy):
 
 
 def _like(x: Any, found: np.ndarray) -> Any:
-    return torch.from_numpy(found) if isinstance(x, Tensor) else found
+    """What was found as the inputs came: an array, or a tensor on their device; scores also of their type."""
+    if not isinstance(x, Tensor):
+        return found
+    tensor = torch.from_numpy(found)
+    return tensor.to(x.device, x.dtype if x.is_floating_point() and tensor.is_floating_point() else tensor.dtype)
 
 
 def compile(lazy: LazyNetwork, batch: str = "per-example", threads: int = 1, dtype: str = "float32") -> FastLazy:

@@ -15,7 +15,8 @@ from condcomp_lib.studies.joint_results import DATA, NOTEBOOK, active, by_layer,
 from condcomp_lib.studies.lazy_results import gains, over_runs
 from condcomp_lib.targets import hidden_widths
 
-DENSE, LONGER = "dense", "dense, trained on"
+DENSE, LONGER, LONGEST = "dense", "dense, trained on", "dense, trained on twice as long"
+DENSE_NETS = (DENSE, LONGER, LONGEST)
 PAPER, AFTER = "as published", "as published, from a trained net"
 OURS, JOINT = "today's, from a trained net", "today's, from the start"
 WORSE = 0.5  # points of error that a conditional net may cost
@@ -57,7 +58,7 @@ def networks(records: Sequence[Record]) -> dict[Key, list[Record]]:
 def rival(groups: Mapping[Key, Sequence[Record]], key: Key) -> Sequence[Record]:
     """The dense nets of the same architecture that a conditional net is compared with: those that learned for longer
     or not, whichever is better on average."""
-    found = [groups[other] for other in ((*key[:2], 1.0, method) for method in (DENSE, LONGER)) if other in groups]
+    found = [groups[other] for other in ((*key[:2], 1.0, method) for method in DENSE_NETS) if other in groups]
     return min(found, key=lambda group: float(np.mean([record.result["error"] for record in group])), default=[])
 
 
@@ -72,7 +73,7 @@ def table(records: Sequence[Record], timed: Sequence[Record]) -> list[dict[str, 
     rows, groups, found = published.load(), networks(records), []
     times = {key: group[0] for key, group in networks(timed).items()}
     for key, group in groups.items():
-        id, conditional = id_of(key) if key[0] == "cifar10" else None, key[3] not in (DENSE, LONGER)
+        id, conditional = id_of(key) if key[0] == "cifar10" else None, key[3] not in DENSE_NETS
         theirs, time = rows[id].value if id else None, times.get(key)
         worse = gains(group, rival(groups, key), error) if conditional else None
         equal = [record for record in group if "control_error" in record.result]
@@ -104,7 +105,7 @@ BRIEF = ("data", "layers", "tau", "trained", "published error, %", "error, %", "
 
 def brief(records: Sequence[Record], timed: Sequence[Record]) -> list[dict[str, Any]]:
     """The rows of `table` for dense nets and for the slides' networks, without what only the notebook needs."""
-    shown = [row for row in table(records, timed) if row["trained"] in (DENSE, LONGER, PAPER, OURS)]
+    shown = [row for row in table(records, timed) if row["trained"] in (*DENSE_NETS, PAPER, OURS)]
     return [{name: row[name] for name in BRIEF} for row in shown]
 
 

@@ -145,6 +145,8 @@ def table(records: Sequence[Record]) -> list[dict[str, Any]]:
             "compute": stats.interval([r.result["compute"] for r in group]),
             "speed-up, 1": f"{min(speed(r) for r in group):.1f}",
             "speed-up, 128": f"{min(speed(r, 128) for r in group):.1f}",
+            "held back: lazy": stats.interval([r.result["report"]["ratio"]["estimate"] for r in group]),
+            "dense, equal compute": stats.interval([r.result["report"]["control"]["ratio"] for r in group]),
             "seconds": f"{max(r.result['conversion_seconds'] for r in group):.0f}",
             "seeds": len(group),
         }
