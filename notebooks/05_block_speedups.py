@@ -219,8 +219,7 @@ print(block_results.measured_on(records[0]) if profile == "paper" else "measured
 # object, on test digits one at a time. Grey: dense nets of 64 to 320 units a layer, distilled from the same target, each on
 # its fastest engine; dashed, two that learned from moved pictures (192 and 288 units), as the fine-tuned network did. A point
 # left of a grey line and above it beats the dense net of equal time; beyond 320 units the table interpolates towards the target
-# itself (fine-tuned in full, for moved pictures). These were measured earlier than the rows above: with kernels that added up
-# the first layer in another way, on a machine whose vectors hold eight numbers. Ratios of the two tables are of two machines.
+# itself (fine-tuned in full, for moved pictures).
 
 # %%
 trained = studies.records("blocks-accuracy", profile)
