@@ -355,8 +355,8 @@ display(Markdown(tables.markdown(table) if paper else "Times of this machine."))
 # A filter that is off is a channel less for the layer above, so at activity $a$ a layer takes about $a^2$ of its multiply-adds. *As published* is
 # REINFORCE with probabilities kept within [0.1, 0.75] and sampled masks, from the start. *Today's* begins with the trained dense net, whose filters are
 # then switched by thresholds calibrated to $\tau$, with the gradient sent through them; its first policy reads the picture in squares of 4 x 4 pixels, since the three
-# channel means that the paper's reads say little. Nets of four layers that keep half of their filters or more learn from the labels (0.65 on CIFAR-10 for twice as
-# many epochs as the others), those that keep less or have two layers also from the dense net. The slides do not define $N$; we take it for the number of layers. The
+# channel means that the paper's reads say little. Those at 0.65 learn from the labels (on CIFAR-10 for twice as many epochs as the others), those that keep less also
+# from the dense net. The slides do not define $N$; we take it for the number of layers. The
 # dense net that a row is compared with is the best one of those with and without additional epochs; the dense net of equal compute is narrower in all layers and learns as long as both together. Time is that of our compiled kernel, policy included, over that of the dense net by the fastest
 # engine on one thread.
 
