@@ -131,11 +131,11 @@ def kept_and_gained(fronts: Mapping[str, np.ndarray], axes: Sequence[Axes]) -> S
         alone = len(set(rows[:, 0].round(2))) == 1  # one activity only: points
         order = rows[rows[:, 0].argsort()]
         for ax, column, line in ((axes[0], 1, "-"), (axes[1], 2, "-"), (axes[1], 3, ":")):
-            label = name if column == 1 else f"{name}, {'1 example' if column == 2 else '128'}"
-            ax.plot(100 * order[:, 0], order[:, column], "" if alone else line, color=colour, marker=marker,
-                    markersize=5, alpha=0.85, label=label)  # fmt: skip
-    for ax, level in zip(axes, (1, 1), strict=True):
-        ax.axhline(level, color=GREY, linewidth=0.8, linestyle=":")
+            ax.plot(100 * order[:, 0], order[:, column], linestyle="none" if alone else line, color=colour,
+                    marker=marker, markersize=5, markerfacecolor="white" if column == 3 else colour, alpha=0.85,
+                    label=name if column != 3 else None)  # fmt: skip
+    for ax in axes:
+        ax.axhline(1, color=GREY, linewidth=0.8, linestyle=":")
         ax.set(xscale="log", xlim=(1.7, 105), xlabel="activity on test data (%)")
         ax.set_xticks((2, 5, 10, 25, 50, 100), ["2", "5", "10", "25", "50", "100"])
         ax.minorticks_off()
@@ -144,6 +144,6 @@ def kept_and_gained(fronts: Mapping[str, np.ndarray], axes: Sequence[Axes]) -> S
     ticks = (0.5, 1, 2, 5, 10, 20)
     axes[1].set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     axes[1].minorticks_off()
+    axes[1].set_title("filled: one example at a time; hollow: 128", fontsize=9)
     axes[0].legend(loc="lower right", fontsize=8)
-    axes[1].legend(loc="upper right", fontsize=7)
     return axes

@@ -179,19 +179,25 @@ def finding(records: Sequence[Record]) -> str:
 def claims(records: Sequence[Record]) -> list[Claim]:
     """The promises: asked activity is met, accuracy kept, time saved. Brief runs on digits judge nothing."""
     found = []
+    by_data: dict[str, list[float]] = {}
+    for record in records:
+        settings = record.spec.settings
+        if settings["dataset"] != "digits":
+            off = abs(record.result["activity"] - settings["activity_asked"])
+            by_data.setdefault(settings["dataset"], []).append(off)
+    for dataset, offs in by_data.items():
+        statement = f"{dataset}: activity within a point of what was asked, 2% to 80%, on test data"
+        found.append(judge(f"conversion.{dataset}.activity", "ours", statement, stats.interval(offs), below=NEAR))
     for (dataset, way, asked), group in _groups(records).items():
-        if dataset == "digits":
+        if dataset == "digits" or asked != MAIN:
             continue
-        name, id = f"{dataset}, {way}, {100 * asked:g}%", f"conversion.{dataset}.{way.replace(' ', '-')}.{asked:g}"
-        off = stats.interval([abs(r.result["activity"] - asked) for r in group])
-        found.append(judge(f"{id}.activity", "ours", f"{name}: activity within a point on test data", off, below=NEAR))
-        if asked == MAIN:
-            ratio = stats.interval([r.result["accuracy_ratio"] for r in group])
-            least = LEAST_TUNED if way == TUNED else LEAST
-            found.append(judge(f"{id}.ratio", "ours", f"{name}: keeps {least:g} of the accuracy", ratio, above=least))
-            fast = stats.interval([speed(r) for r in group])
-            statement = f"{name}, batch 1: {FASTER:g} times as fast as the fastest dense engine"
-            found.append(judge(f"{id}.speed", "ours", statement, fast, above=FASTER))
+        name, id = f"{dataset}, {way}, {100 * asked:g}%", f"conversion.{dataset}.{way.replace(' ', '-')}"
+        ratio = stats.interval([r.result["accuracy_ratio"] for r in group])
+        least = LEAST_TUNED if way == TUNED else LEAST
+        found.append(judge(f"{id}.ratio", "ours", f"{name}: keeps {least:g} of the accuracy", ratio, above=least))
+        fast = stats.interval([speed(r) for r in group])
+        statement = f"{name}, batch 1: {FASTER:g} times as fast as the fastest dense engine"
+        found.append(judge(f"{id}.speed", "ours", statement, fast, above=FASTER))
     return found
 
 
