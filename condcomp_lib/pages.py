@@ -121,13 +121,20 @@ Pages.markdown2html.__dict__.update(HTMLExporter.markdown2html.__dict__)  # what
 
 class _Formulas(IPythonRenderer):
     def block_math(self, body: str) -> str:
-        return convert(body.strip(), display="block")
+        return _mathml(body, "block")
 
     def multiline_math(self, text: str) -> str:
-        return self.block_math(text)
+        return _mathml(text, "block")
 
     def inline_math(self, body: str) -> str:
-        return convert(body.strip())
+        return _mathml(body, "inline")
+
+
+def _mathml(formula: str, display: str) -> str:
+    """A formula in TeX as MathML."""
+    known = formula.strip().replace(r"\arg", r"\operatorname{arg}")  # which the converter does not know
+    found: str = convert(known, display=display)
+    return found
 
 
 def described(body: str) -> str:

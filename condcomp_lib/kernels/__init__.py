@@ -28,7 +28,7 @@ class FastLazy(nn.Module):
     the reference that it was compiled from, a copy: what is trained later reaches neither. Several threads may use it
     at a time; each has its own room to work in, kept from call to call, so that only results are allocated. Pickled or
     copied, it is the reference, compiled again. As a module it has no parameters, no state and no hooks: its numbers
-    are packed, in float32 on the processor, whatever type and device its inputs have (the scores have them, too).
+    are packed, in float32 on the processor. Scores are float32, or in half precision as their inputs, on their device.
     """
 
     kernel = staticmethod(cpu.run)
@@ -67,7 +67,7 @@ class FastLazy(nn.Module):
 
     def _shaped(self, x: Any) -> Any:
         shape = tuple(x.shape)
-        if shape and shape[-1] == self.inputs:
+        if len(shape) > 2 and shape[-1] == self.inputs:
             return self(x.reshape(-1, self.inputs)).reshape(*shape[:-1], self.classes)
         if len(shape) > 2 and math.prod(shape[1:]) == self.inputs:
             return self(x.reshape(-1, self.inputs))
@@ -140,11 +140,12 @@ class FastFilters(FastLazy):
 
 
 def _like(x: Any, found: np.ndarray) -> Any:
-    """What was found as the inputs came: an array, or a tensor on their device; scores also of their type."""
+    """What was found as the inputs came: an array, or a tensor on their device; scores in their half precision."""
     if not isinstance(x, Tensor):
         return found
     tensor = torch.from_numpy(found)
-    return tensor.to(x.device, x.dtype if x.is_floating_point() and tensor.is_floating_point() else tensor.dtype)
+    half = tensor.is_floating_point() and x.dtype in (torch.float16, torch.bfloat16)
+    return tensor.to(x.device, x.dtype if half else tensor.dtype)
 
 
 def compile(lazy: LazyNetwork, batch: str = "per-example", threads: int = 1, dtype: str = "float32") -> FastLazy:
