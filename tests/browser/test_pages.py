@@ -1,7 +1,6 @@
 """The explorer alone and the site of plain pages, in a real browser."""
 
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -20,9 +19,12 @@ def alone(tmp_path):
     try:
         yield server.stdout.readline().split()[0]
     finally:
-        server.send_signal(signal.SIGINT)
-        server.wait(timeout=30)
-        server.stdout.close()
+        server.terminate()  # a job in the background would not hear an interrupt
+        try:
+            server.wait(timeout=30)
+        finally:
+            server.kill()
+            server.stdout.close()
 
 
 def _opened(page, url):
