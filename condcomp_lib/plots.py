@@ -52,6 +52,14 @@ def save_figure(fig: Figure, name: str, records: Sequence[Record], profile: str)
     manifest.save(name, files, records, profile)
 
 
+def percent_axis(ax: Axes, low: float, high: float) -> None:
+    """Make the x axis one of percent, on a logarithmic scale, from `low` to `high`."""
+    ticks = (2, 5, 10, 25, 50, 100)
+    ax.set(xscale="log", xlim=(low, high))
+    ax.set_xticks(ticks, [str(tick) for tick in ticks])
+    ax.minorticks_off()
+
+
 def skipping(curves: Mapping[str, tuple[Sequence[float], np.ndarray]], ax: Axes | None = None) -> Axes:
     """Accuracy ratio against a share, one line per rule, every run as a thin line behind its median.
 
@@ -64,10 +72,8 @@ def skipping(curves: Mapping[str, tuple[Sequence[float], np.ndarray]], ax: Axes 
             ax.plot(percent, run, color=colour, alpha=0.3, linewidth=0.8)
         ax.plot(percent, np.median(ratios, axis=0), color=colour, marker="o", markersize=3, label=label)
     ax.axhline(1, color=GREY, linewidth=0.8, linestyle=":")
-    ax.set(xscale="log", xlim=(1.8, 110), ylim=(0, 1.08), ylabel="accuracy ratio (lazy / dense)")
-    ticks = (2, 5, 10, 25, 50, 100)
-    ax.set_xticks(ticks, [str(tick) for tick in ticks])
-    ax.minorticks_off()
+    percent_axis(ax, 1.8, 110)
+    ax.set(ylim=(0, 1.08), ylabel="accuracy ratio (lazy / dense)")
     return ax
 
 

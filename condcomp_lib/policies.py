@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
@@ -13,6 +14,7 @@ from condcomp_lib.errors import UsageError
 from condcomp_lib.partitions import Partition
 from condcomp_lib.targets import linear
 
+LEAST_FACTOR = 1e-3  # of a layer's share: none is left out altogether
 ALWAYS = 30.0  # the logit of a group that is always evaluated: sigma is exactly 1 in float32, its logarithm finite
 
 
@@ -237,6 +239,21 @@ def asked_by_gate(activity: float | Sequence[float], gates: int) -> tuple[float,
         if not 0 < share <= 1:
             raise UsageError(f"activity must be in (0, 1], not {share}")
     return asked
+
+
+def spread_over(activity: float, factors: Sequence[float], widths: Sequence[int]) -> list[float]:
+    """The share of each layer (of so many neurons), in proportion to `factors`, with which `activity` of all neurons is
+    evaluated; what a layer that is evaluated whole cannot take goes to the others.
+
+    >>> spread_over(0.5, [1, 1], [100, 100]), spread_over(0.9, [3, 1], [100, 100])
+    ([0.5, 0.5], [1.0, 0.8])
+    """
+    own, sizes = np.array(factors, float).clip(min=LEAST_FACTOR), np.array(widths, float)
+    rates = np.zeros(len(own))
+    while (lacks := activity * sizes.sum() - rates @ sizes) > 1e-9:
+        room = own * (rates < 1)
+        rates = (rates + room * lacks / (room @ sizes)).clip(max=1)
+    return rates.round(6).tolist()
 
 
 def check_counts(counts: Sequence[int], gates: int, groups: int) -> None:

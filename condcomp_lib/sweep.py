@@ -112,10 +112,7 @@ def connected(backend: str, scheduler: str | None) -> Iterator[None]:
         return
     if backend != "dask":
         raise UsageError(f"a scheduler goes with backend 'dask', not with {backend!r}")
-    try:
-        distributed = importlib.import_module("distributed")
-    except ImportError as error:
-        raise UsageError("backend 'dask' needs dask.distributed; install it with: pip install distributed") from error
+    distributed = _distributed()
     try:
         client = distributed.Client(scheduler, timeout=CONNECT_SECONDS)
     except (OSError, ValueError, TimeoutError) as error:
@@ -125,6 +122,14 @@ def connected(backend: str, scheduler: str | None) -> Iterator[None]:
         yield
 
 
+def _distributed() -> Any:
+    """The package dask.distributed; raises UsageError where it is not installed."""
+    try:
+        return importlib.import_module("distributed")
+    except ImportError as error:
+        raise UsageError("backend 'dask' needs dask.distributed; install it with: pip install distributed") from error
+
+
 def check_backend(backend: str) -> None:
     """Raise UsageError for a backend that joblib does not know or that sweeps cannot use."""
     known = sorted({*BACKENDS, *EXTERNAL_BACKENDS} - {"threading"})  # threads would share torch's thread count
@@ -132,12 +137,7 @@ def check_backend(backend: str) -> None:
         raise unknown("backend", backend, known)
     if backend == "dask":
         try:
-            distributed = importlib.import_module("distributed")
-            distributed.get_client()
-        except ImportError as error:
-            raise UsageError(
-                "backend 'dask' needs dask.distributed; install it with: pip install distributed"
-            ) from error
+            _distributed().get_client()
         except ValueError as error:
             raise UsageError("backend 'dask' needs a client; make one with: distributed.Client(...)") from error
 

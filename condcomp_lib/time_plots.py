@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 
-from condcomp_lib.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION
+from condcomp_lib.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, percent_axis
 
 COLOURS, MARKERS = (BLUE, VERMILION, GREEN, PURPLE, SKY, ORANGE), "osD^vP"
 
@@ -105,8 +105,7 @@ def converted(report: Mapping[str, Any], axes: Sequence[Axes]) -> Sequence[Axes]
                 title=f"{100 * report['activity']['found']:.0f}% of the neurons")  # fmt: skip
     axes[0].grid(axis="y", visible=False)
     height, labels = 0, []
-    for batch in (name for name in report["latency"] if name != "skipped"):
-        own = report["latency"][batch]
+    for batch, own in report["latency"].items():
         times = {"lazy": own["lazy_us"], **own["dense_us"]}
         for name, micro in times.items():
             each = micro / int(batch)
@@ -136,9 +135,8 @@ def kept_and_gained(fronts: Mapping[str, np.ndarray], axes: Sequence[Axes]) -> S
                     label=name if column != 3 else None)  # fmt: skip
     for ax in axes:
         ax.axhline(1, color=GREY, linewidth=0.8, linestyle=":")
-        ax.set(xscale="log", xlim=(1.7, 105), xlabel="activity on test data (%)")
-        ax.set_xticks((2, 5, 10, 25, 50, 100), ["2", "5", "10", "25", "50", "100"])
-        ax.minorticks_off()
+        percent_axis(ax, 1.7, 105)
+        ax.set(xlabel="activity on test data (%)")
     axes[0].set(ylim=(0, 1.06), ylabel="accuracy / the full network's")
     axes[1].set(yscale="log", ylabel="speed-up over the fastest dense engine")
     ticks = (0.5, 1, 2, 5, 10, 20)

@@ -288,12 +288,18 @@ def _distil(spec: RunSpec, target: MLP, trained: Record, data: Dataset) -> Outco
     def loss(rows: Tensor) -> Tensor:
         pictures = dropout.shifted(x[rows], data.shape, augment, moving) if augment else x[rows]
         scores, wanted = model(pictures), soft_labels(pictures) if known is None else known[rows]
-        soft = kl_div(log_softmax(scores / TEMPERATURE, 1), wanted, reduction="batchmean")
-        return 0.5 * cross_entropy(scores, y[rows]) + 0.5 * TEMPERATURE**2 * soft
+        return distillation(scores, wanted, y[rows])
 
     shuffling = torch.Generator().manual_seed(spec.settings["target_seed"])
     fitted = fit(model, loss, lambda: accuracy(model, data.valid), len(x), spec.settings, shuffling)
     return dataclasses.replace(_outcome(model, fitted, data), uses={"target": trained.cite()})
+
+
+def distillation(scores: Tensor, wanted: Tensor, y: Tensor) -> Tensor:
+    """The cost of a net that learns in equal parts from labels `y` (int64, examples) and from another net's predictions
+    `wanted` (float32, examples x classes), the softmax of its scores over TEMPERATURE."""
+    soft = kl_div(log_softmax(scores / TEMPERATURE, 1), wanted, reduction="batchmean")
+    return 0.5 * cross_entropy(scores, y) + 0.5 * TEMPERATURE**2 * soft
 
 
 def hits(scores: Tensor, split: Split) -> float:

@@ -407,7 +407,7 @@ for ax, record in zip(axes[:, 0], shown, strict=True):
     ax.set_xlabel("filter" if ax is axes[-1, 0] else "")
     for end in conv_results.ends(settings["architecture"]):
         ax.axvline(end - 0.5, color="black", linewidth=1)
-fig.colorbar(picture, ax=axes, label="share of examples")
+fig.colorbar(picture, ax=axes, label="share of examples", aspect=70)
 plots.save_figure(fig, "conv_filters", conv_records, profile)
 plt.show()
 

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from condcomp_lib import datasets, paths
-from condcomp_lib.conversion import choice, export, install, lazify, load, report, save
+from condcomp_lib import datasets, paths, policies
+from condcomp_lib.conversion import export, install, lazify, load, report, save
 from condcomp_lib.conversion.examples import collect
 from condcomp_lib.conversion.reading import read
 from condcomp_lib.conversion.saving import LoadError
@@ -352,7 +352,7 @@ def test_advice_follows_the_numbers():
 def test_shares_are_spread_over_layers_so_that_their_mean_is_what_is_asked():
     for activity in (0.02, 0.3, 0.9, 1.0):
         for factors in ([1, 1, 1], [3, 1, 0.1], [0.0, 0.0, 1.0]):
-            rates = choice.spread_over(activity, factors, (50, 70, 30))
+            rates = policies.spread_over(activity, factors, (50, 70, 30))
             assert np.dot(rates, (50, 70, 30)) / 150 == pytest.approx(activity, abs=1e-5)
             assert max(rates) <= 1
 

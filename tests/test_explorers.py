@@ -33,7 +33,7 @@ def opened(png):
 
 
 CACHED = (explorer.available, sparsity_data.network, sparsity._scene, partition.target, partition.split,
-          partition.neurons, partition._scene, policy.network, policy.minibatch, policy.estimates, policy._scene,
+          partition.neurons, partition._scene, policy.minibatch, policy.estimates, policy._scene,
           coactivation.course, coactivation._scene, speed._network, speed._scene)  # fmt: skip
 
 

@@ -3,7 +3,6 @@
 import copy
 import math
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +18,7 @@ from condcomp_lib.lazy import Evaluation, LazyNetwork, calibrated, decided_by, e
 from condcomp_lib.oracle import Oracle
 from condcomp_lib.partitioners.clustering import activation_partition, weight_partition
 from condcomp_lib.partitions import Partition
-from condcomp_lib.policies import Budget, Policy, Pool, Sample
+from condcomp_lib.policies import Budget, Policy, Pool, Sample, spread_over
 from condcomp_lib.policy_training import PolicyTraining, policy_plan
 from condcomp_lib.targets import MLP, multiply_adds
 from condcomp_lib.training import CACHE_BYTES
@@ -62,21 +61,6 @@ def pool_of(examples: Examples) -> Pool | None:
         if not (shape[1] % size or shape[2] % size) and math.prod(shape) // size**2 <= POOLED:
             return Pool(shape, size)
     return None
-
-
-def spread_over(activity: float, factors: Sequence[float], widths: Sequence[int]) -> list[float]:
-    """The share of each layer in proportion to `factors` so that `activity` of all neurons is evaluated; what a layer
-    that is evaluated whole cannot take goes to the others.
-
-    >>> spread_over(0.5, [1, 1], [100, 100]), spread_over(0.9, [3, 1], [100, 100])
-    ([0.5, 0.5], [1.0, 0.8])
-    """
-    own, sizes = np.array(factors, float).clip(min=1e-3), np.array(widths, float)
-    rates = np.zeros(len(own))
-    while (lacks := activity * sizes.sum() - rates @ sizes) > 1e-9:
-        room = own * (rates < 1)
-        rates = (rates + room * lacks / (room @ sizes)).clip(max=1)
-    return rates.round(6).tolist()
 
 
 @torch.no_grad()  # not inference_mode: what is made here is trained later
@@ -158,28 +142,34 @@ def trained(
         return Chosen(decided_by(lazy, Budget(every)), chosen.rates, {**chosen.told, "decision": "budget", "epochs": 0})
     if finetune:
         lazy = LazyNetwork(copy.deepcopy(lazy.target), lazy.partition, lazy.policy, lazy.decision)
-    batch = max(1, min(128, len(data.train) // 20))
+    done, shuffling = 0, torch.Generator().manual_seed(seed)
+    first, wanted = None, None
+    for title, settings, share, most in _phases(chosen, examples, finetune):
+        started = time.perf_counter()
+        training = _made(lazy, examples, settings, shuffling, first, wanted)
+        most = max(most, STEPS * most // (LATER * -(-len(data.train) // settings["batch"])))
+        planned = _planned(training, settings, len(data.train), seconds * share, epochs and min(epochs, most), most)
+        training = _made(lazy, examples, {**settings, **planned}, shuffling, training.first, training.wanted)
+        training.run(title if progress else None)
+        seconds -= time.perf_counter() - started
+        first, wanted, done = (training.first if not finetune else None), training.wanted, done + planned["epochs"]
+    name, decided = _decided(lazy, target, examples, chosen.rates)
+    return Chosen(decided, chosen.rates, {**chosen.told, "decision": name, "epochs": done, "finetuned": finetune})
+
+
+def _phases(chosen: Chosen, examples: Examples, finetune: bool) -> list[tuple[str, dict[str, Any], float, int]]:
+    """What is trained one after the other: title, settings, share of the time that is left, and epochs at most."""
+    data, labelled = examples.data, examples.labelled
     common = {"tau": _tau(chosen), "rates": chosen.rates, "sparsity": "rate", "lambda_s": 1.0, "learning_rate": RATE,
-              "distil": 1.0 if not examples.labelled else 0.25, "batch": batch}  # fmt: skip
-    common["labels"] = 1.0 if examples.labelled else 0.0
-    warm = {**common, "estimator": "cross-entropy"}
+              "distil": 0.25 if labelled else 1.0, "labels": float(labelled),
+              "batch": max(1, min(128, len(data.train) // 20))}  # fmt: skip
     own = {**common, "estimator": "threshold-through", **({"finetune": TUNING_RATE} if finetune else {})}
     if finetune and min(data.shape[1:]) >= 16:
         own["augment"] = 1 + min(data.shape[1:]) // 24
-    done, shuffling = 0, torch.Generator().manual_seed(seed)
-    first, wanted = None, None
-    for settings, share, most in ((warm, 0.3, WARM), (own, 1.0, LATER)):
-        started = time.perf_counter()
-        training = _made(lazy, examples, settings, shuffling, first, wanted)
-        most = max(most, STEPS * most // (LATER * -(-len(data.train) // batch)))
-        planned = _planned(training, settings, len(data.train), seconds * share, epochs and min(epochs, most), most)
-        training = _made(lazy, examples, {**settings, **planned}, shuffling, training.first, training.wanted)
-        title = "policy, after the oracle" if settings is warm else "policy and weights" if finetune else "policy"
-        training.run(title if progress else None)
-        seconds -= time.perf_counter() - started
-        first, wanted, done = (training.first if not finetune else None), training.wanted, done + planned["max_epochs"]
-    name, decided = _decided(lazy, target, examples, chosen.rates)
-    return Chosen(decided, chosen.rates, {**chosen.told, "decision": name, "epochs": done, "finetuned": finetune})
+    return [
+        ("policy, after the oracle", {**common, "estimator": "cross-entropy"}, 0.3, WARM),
+        ("policy and weights" if finetune else "policy", own, 1.0, LATER),
+    ]
 
 
 def _tau(chosen: Chosen) -> float:
@@ -192,17 +182,11 @@ def _made(
     lazy: LazyNetwork, examples: Examples, settings: dict[str, Any], draws: torch.Generator, first: Tensor | None,
     wanted: Tensor | None,
 ) -> _Training:  # fmt: skip
-    training = _Training(lazy, examples.data, policy_plan(**_plain(settings)), draws, first, wanted, CACHE_BYTES)
+    training = _Training(lazy, examples.data, policy_plan(**settings), draws, first, wanted, CACHE_BYTES)
     training.scores = examples.scores
     if not examples.scores and training.wanted is not None:
         training.scale = max(training.wanted.var().item(), 1e-12)
     return training
-
-
-def _plain(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings as `policy_plan` takes them."""
-    named = {"max_epochs": "epochs"}
-    return {named.get(key, key): value for key, value in settings.items()}
 
 
 def _planned(
@@ -210,7 +194,7 @@ def _planned(
 ) -> dict[str, Any]:
     """How many epochs, of how many examples, fit into a time; as many as asked for where that is given."""
     if epochs is not None:
-        return {"max_epochs": epochs}
+        return {"epochs": epochs}
     rows, spent = torch.arange(settings["batch"]), []
     for _ in range(3):
         started = time.perf_counter()
@@ -218,8 +202,8 @@ def _planned(
         spent.append(time.perf_counter() - started)
     steps, whole = seconds / (1.3 * min(spent)), math.ceil(examples / settings["batch"])
     if steps >= whole:
-        return {"max_epochs": int(min(most, steps // whole))}
-    return {"max_epochs": 1, "epoch_examples": int(max(1, steps)) * settings["batch"]}
+        return {"epochs": int(min(most, steps // whole))}
+    return {"epochs": 1, "epoch_examples": int(max(1, steps)) * settings["batch"]}
 
 
 def _decided(lazy: LazyNetwork, target: MLP, examples: Examples, rates: list[float]) -> tuple[str, LazyNetwork]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import kl_div, log_softmax, mse_loss, softmax
+from torch.nn.functional import mse_loss, softmax
 
 from condcomp_lib import kernels
 from condcomp_lib.conversion.choice import STEPS, kept
@@ -20,8 +20,9 @@ from condcomp_lib.lazy import LazyNetwork, calibrated, decided_by, evaluate
 from condcomp_lib.oracle import Oracle
 from condcomp_lib.partitions import cut_into_blocks
 from condcomp_lib.policies import Blind, Budget
+from condcomp_lib.policy_training import scores_of
 from condcomp_lib.targets import MLP
-from condcomp_lib.training import TEMPERATURE, control_width
+from condcomp_lib.training import TEMPERATURE, control_width, distillation
 
 VERSION = 1
 BATCHES, REPEATS = (1, 128), 9
@@ -40,8 +41,8 @@ def written(
     lazy, data = fast.lazy, examples.data
     x, y = torch.from_numpy(data.test.x), data.test.y
     scores, mask = fast.evaluate(x)
-    full, own = kept(_scores(target, x), y, x, target, examples.scores), kept(scores, y, x, target, examples.scores)
-    cost = lazy.cost(mask)
+    full, own = kept(scores_of(target, x), y, x, target, examples.scores), kept(scores, y, x, target, examples.scores)
+    cost, (timed, skipped) = lazy.cost(mask), latency(fast, target, x)
     found: dict[str, Any] = {
         "version": VERSION,
         "measure": "accuracy" if examples.labelled else "agreement" if examples.scores else "variance kept",
@@ -53,19 +54,15 @@ def written(
         "compute": lazy.compute(mask),
         "full": full,
         "lazy": own,
-        "ratio": _ratio(scores, _scores(target, x), y, examples.scores, own, full),
-        "latency": latency(fast, target, x),
+        "ratio": _ratio(scores, scores_of(target, x), y, examples.scores, own, full),
+        "latency": timed,
+        "skipped": skipped,
         "ladder": ladder(lazy, target, examples),
     }  # fmt: skip
     if control_seconds:
         found["control"] = control(target, examples, cost.total_multiply_adds, control_seconds, epochs, seed, full)
     found["next"] = advice(found)
     return found
-
-
-@torch.inference_mode()
-def _scores(target: MLP, x: Tensor) -> Tensor:
-    return torch.cat([target(part) for part in x.split(2048)])
 
 
 def _share(own: float, full: float) -> float:
@@ -86,9 +83,9 @@ def _ratio(scores: Tensor, full: Tensor, y: np.ndarray, classes: bool, own: floa
     return {"estimate": ratio, "low": ratio - half, "high": ratio + half}
 
 
-def latency(fast: FastLazy, target: MLP, x: Tensor) -> dict[str, Any]:
-    """Microseconds of a call for each number of examples, lazy and by each dense engine, interleaved, one thread; and
-    the speed-up over the fastest of these."""
+def latency(fast: FastLazy, target: MLP, x: Tensor) -> tuple[dict[str, Any], dict[str, str]]:
+    """For each number of examples microseconds of a call, lazy and by each dense engine, interleaved, one thread, and
+    the speed-up over the fastest of these; and the engines that are not to be had, with the reason."""
     found: dict[str, Any] = {}
     threads = torch.get_num_threads()
     try:
@@ -99,7 +96,7 @@ def latency(fast: FastLazy, target: MLP, x: Tensor) -> dict[str, Any]:
             rows = x.repeat(-(-max(64, 4 * batch) // len(x)), 1)[: max(64, 4 * batch)].numpy()
             inputs = [np.ascontiguousarray(rows[at : at + batch]) for at in range(0, len(rows), batch)]
             times = timing.interleaved({"lazy": own, **engines}, inputs, REPEATS)
-            fastest = min(engines, key=lambda name: float(np.median(times[name])))
+            fastest = timing.fastest(times, engines)
             ratios = times[fastest] / times["lazy"]
             found[str(batch)] = {
                 "lazy_us": float(np.median(times["lazy"])),
@@ -109,10 +106,9 @@ def latency(fast: FastLazy, target: MLP, x: Tensor) -> dict[str, Any]:
                 "low": float(np.quantile(ratios, 0.1)),
                 "high": float(np.quantile(ratios, 0.9)),
             }
-        found["skipped"] = skipped
     finally:
         torch.set_num_threads(threads)
-    return found
+    return found, skipped
 
 
 @torch.inference_mode()
@@ -121,25 +117,21 @@ def ladder(lazy: LazyNetwork, target: MLP, examples: Examples) -> dict[str, floa
     (both greedily, by what each contributes: landmarks, no bounds), by the policy, and by as many groups drawn blindly:
     the same activity in each layer, the same examples. Oracles know the model as it was, before any fine-tuning."""
     x, y = torch.from_numpy(examples.data.test.x[:JUDGED]), examples.data.test.y[:JUDGED]
-    full = kept(_scores(target, x), y, x, target, examples.scores)
-    evaluated = evaluate(lazy, x)
-    mask = evaluated.mask
-    rates = [n / w for n, w in zip(lazy.cost(mask).neurons, lazy.target.hidden, strict=True)]
-    rates = [min(1.0, max(rate, 1e-3)) for rate in rates]
+    full = kept(scores_of(target, x), y, x, target, examples.scores)
+    cost = lazy.cost(evaluate(lazy, x).mask)
+    rates = [min(1.0, max(n / w, 1e-3)) for n, w in zip(cost.neurons, lazy.target.hidden, strict=True)]
     alone = cut_into_blocks(target.hidden, 1)
-    neurons = Oracle(target, alone)
-    rungs = {"oracle, neurons": LazyNetwork(target, alone, neurons, Budget.of(rates, alone, neurons))}
-    oracle = Oracle(target, lazy.partition, lazy.policy.pool)
-    rungs["oracle, groups"] = calibrated(
-        LazyNetwork(target, lazy.partition, oracle, Budget.of(rates, lazy.partition, oracle)),
-        torch.from_numpy(examples.data.valid.x[:JUDGED]), rates,
-    )  # fmt: skip
+    neurons, groups = Oracle(target, alone), Oracle(target, lazy.partition, lazy.policy.pool)
+    ranked = LazyNetwork(target, lazy.partition, groups, Budget.of(rates, lazy.partition, groups))
     drawn = tuple(torch.full((lazy.partition.groups,), rate) for rate in rates)
-    rungs["blind"] = decided_by(lazy, Blind(drawn, torch.Generator().manual_seed(0)))
-    scored = {name: evaluate(net, x).scores for name, net in rungs.items()}
-    ordered = {**scored, "learned": evaluated.scores, "blind": scored["blind"]}
-    ordered["blind"] = ordered.pop("blind")
-    return {name: _share(kept(own, y, x, target, examples.scores), full) for name, own in ordered.items()}
+    rungs = {
+        "oracle, neurons": LazyNetwork(target, alone, neurons, Budget.of(rates, alone, neurons)),
+        "oracle, groups": calibrated(ranked, torch.from_numpy(examples.data.valid.x[:JUDGED]), rates),
+        "learned": lazy,
+        "blind": decided_by(lazy, Blind(drawn, torch.Generator().manual_seed(0))),
+    }
+    return {name: _share(kept(evaluate(net, x).scores, y, x, target, examples.scores), full)
+            for name, net in rungs.items()}  # fmt: skip
 
 
 def control(
@@ -151,21 +143,18 @@ def control(
     small = MLP(target.inputs, (width,) * len(target.hidden), target.linears[-1].out_features,
                 "tanh" if isinstance(target.activation, torch.nn.Tanh) else "relu", draws)  # fmt: skip
     x, y = torch.from_numpy(data.train.x), torch.from_numpy(data.train.y)
-    soft = _scores(target, x)
-    variance = soft.var().clamp(min=1e-12)
+    full_scores = scores_of(target, x)
+    wanted_by, variance = softmax(full_scores / TEMPERATURE, 1), full_scores.var().clamp(min=1e-12)
 
     def loss(rows: Tensor) -> Tensor:
-        scores = small(x[rows])
-        if not examples.scores:
-            return mse_loss(scores, soft[rows]) / variance
-        distance = kl_div(log_softmax(scores / TEMPERATURE, 1), softmax(soft[rows] / TEMPERATURE, 1),
-                          reduction="batchmean")  # fmt: skip
-        return 0.5 * torch.nn.functional.cross_entropy(scores, y[rows]) + 0.5 * TEMPERATURE**2 * distance
+        if examples.scores:
+            return distillation(small(x[rows]), wanted_by[rows], y[rows])
+        return mse_loss(small(x[rows]), full_scores[rows]) / variance
 
     valid = torch.from_numpy(data.valid.x)
 
     def score() -> float:
-        return kept(_scores(small, valid), data.valid.y, valid, target, examples.scores)
+        return kept(scores_of(small, valid), data.valid.y, valid, target, examples.scores)
 
     batch = max(1, min(128, len(x) // 20))
     started = time.perf_counter()
@@ -175,16 +164,15 @@ def control(
     planned = epochs or max(1, min(most, int(steps)))
     fit(small, loss, score, len(x), plan(epochs=planned, batch=batch), draws)
     test = torch.from_numpy(data.test.x)
-    own = kept(_scores(small, test), data.test.y, test, target, examples.scores)
+    own = kept(scores_of(small, test), data.test.y, test, target, examples.scores)
     return {"width": width, "kept": own, "ratio": _share(own, full), "epochs": planned}
 
 
 def advice(found: Mapping[str, Any]) -> list[str]:
     """What to try next, from the report's own numbers."""
     told, rungs, ratio = [], found["ladder"], found["ratio"]["estimate"]
-    fastest = {batch: one["speedup"] for batch, one in found["latency"].items() if batch != "skipped"}
     tuned = found["chosen"].get("finetuned")
-    if max(fastest.values()) < 1.1:
+    if max(one["speedup"] for one in found["latency"].values()) < 1.1:
         why = "it is too small" if found["weights"] < LARGE else "too much of it is evaluated"
         told.append(f"nothing is to be gained in time with {found['weights']:,} weights at this activity: {why}")
     if ratio >= GOOD:

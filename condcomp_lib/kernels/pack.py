@@ -143,7 +143,7 @@ def pack(lazy: LazyNetwork, dtype: str = "float32") -> Packed:
     inputs = [_span(size, whole(size)) for size in (lazy.target.linears[0].in_features, read)]
     gates, logits = _gates(lazy.policy, lazy.decision, order, _extra(lazy), floats)
     layers, spans = _layers(lazy, dtype, order, weights, floats)
-    rows, scale = _quantised(_rows_below(lazy, len(order), last.weight.detach().numpy(), order[-1]), dtype)
+    rows, scale = quantised(_rows_below(lazy, len(order), last.weight.detach().numpy(), order[-1]), dtype)
     scores = _span(last.out_features, 0, weights.both(rows))
     head[[OUT_SCALE, OUT_BIAS]] = floats.add(scale), floats.add(_bias(lazy, len(order)))
     head[[INPUTS, CLASSES, GROUPS]] = lazy.target.linears[0].in_features, last.out_features, lazy.partition.groups
@@ -203,7 +203,7 @@ def _layers(
         below = len(numbers) + _extra(lazy)
         layers[layer, [NEURONS, H_ROW, WHOLE_ROW]] = len(numbers), _pitch(padded.sum()), whole(below) + 2 * LANES
         rows = matrix.T if layer == 0 else _rows_below(lazy, layer, matrix, order[layer - 1])
-        rows, scale = _quantised(rows, dtype)
+        rows, scale = quantised(rows, dtype)
         biases, scales = np.zeros((2, padded.sum()), np.float32)
         for group in range(groups):
             first, size, at = spans[layer, group, [FIRST, SIZE, H_AT]]
@@ -276,7 +276,7 @@ def _bias(lazy: LazyNetwork, layer: int) -> np.ndarray:
     return filled.detach().numpy()
 
 
-def _quantised(matrix: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+def quantised(matrix: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray]:
     """The matrix (below x neurons) as `dtype`, and what each neuron's sum is to be multiplied with (float32)."""
     neurons = matrix.shape[1]
     if dtype == "float32":

@@ -17,8 +17,8 @@ def compared(times: Mapping[str, np.ndarray], dense: Sequence[str]) -> dict[str,
     """What a row records of its `times` (microseconds a call, by engine and repeat): medians, and how many times as
     fast as the fastest of the `dense` engines, with the bootstrap interval of the median of the repeats' ratios."""
     medians = {name: float(np.median(values)) for name, values in times.items()}
-    fastest = min(dense, key=lambda name: medians[name])
-    controls = {name: medians[name] for name in times if name.startswith("control, ")}
+    fastest = timing.fastest(times, dense)
+    controls = [name for name in times if name.startswith("control, ")]
     found: dict[str, Any] = {
         "lazy_us": medians["lazy"],
         "dense_us": {name: medians[name] for name in dense},
@@ -26,8 +26,8 @@ def compared(times: Mapping[str, np.ndarray], dense: Sequence[str]) -> dict[str,
         "speedup_vs_fastest": ratio(times[fastest], times["lazy"]),
     }
     if controls:
-        control = min(controls, key=lambda name: controls[name])
-        found |= {"control_us": controls[control], "speedup_vs_control": ratio(times[control], times["lazy"])}
+        control = timing.fastest(times, controls)
+        found |= {"control_us": medians[control], "speedup_vs_control": ratio(times[control], times["lazy"])}
     for name, key in (("masked", "masked"), ("lazy at 100%", "full")):
         if name in times:
             found[f"{key}_us"] = medians[name]

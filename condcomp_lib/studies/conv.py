@@ -73,8 +73,7 @@ def _spec(dataset: str, architecture: str, tau: float, method: str, seed: int) -
     alone = {**ALONE, **brief, "epochs": DENSE_EPOCHS[dataset]}
     free = method == OURS and tau > HALF
     long = free or method == LONGEST
-    epochs = LONG[dataset] if long and dataset in LONG else MORE[dataset]
-    later = {"epochs": epochs, "trained": alone}
+    later = {"epochs": (LONG if long else MORE).get(dataset, MORE[dataset]), "trained": alone}
     paper = {**REINFORCE, **brief, "tau": tau, "limits": LIMITS}
     ours = {**THROUGH, **brief, "tau": tau, "rates": [tau] * architecture.count("-") + [tau]}
     ours["pool"] = POOL.get(dataset, 4)

@@ -68,7 +68,7 @@ def learned(settings: Mapping[str, Any], data: Dataset, artefacts: RunStore) -> 
 
     def trained(_: RunSpec) -> Outcome:
         x, y = pictures(data.train, data), torch.from_numpy(data.train.y)
-        how = LEARNING[settings["dataset"]]
+        how = settings["learning"]
         optimiser = torch.optim.Adam(model.parameters(), 1e-3)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, how["epochs"])
         for _epoch in range(how["epochs"]):
@@ -91,7 +91,7 @@ def pictures(split: Split, data: Dataset) -> torch.Tensor:
 
 
 def compute(spec: RunSpec, artefacts: RunStore) -> Outcome:
-    """Train (or fetch) a plain model, convert it with the validation and training examples, measure on test data."""
+    """Train (or fetch) a plain model, convert it with the examples that it has learned from, measure on test data."""
     settings = spec.settings
     data = studies.dataset(settings["dataset"])
     model, started = learned(settings, data, artefacts), time.perf_counter()

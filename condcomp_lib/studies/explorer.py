@@ -5,7 +5,7 @@ activity by three ways to decide; the first seed's also carry the rounded weight
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +15,10 @@ from torch import Tensor
 
 from condcomp_lib import studies
 from condcomp_lib.datasets import Dataset
+from condcomp_lib.kernels.pack import quantised
 from condcomp_lib.lazy import LazyNetwork, calibrated, decided_by, evaluate
 from condcomp_lib.partitions import Partition
-from condcomp_lib.policies import Budget, Policy, Pool, Sample
+from condcomp_lib.policies import Budget, Policy, Pool, Sample, spread_over
 from condcomp_lib.policy_training import policy_plan
 from condcomp_lib.runs import Outcome, Record, RunSpec, RunStore
 from condcomp_lib.studies import policies
@@ -105,10 +106,11 @@ def examples(data: Dataset) -> tuple[Tensor, Tensor]:
 def decided(
     lazy: LazyNetwork, decision: str, activity: float, x: Tensor, first: Tensor | None = None, seed: int = 0
 ) -> LazyNetwork:
-    """`lazy` at an activity in (0, 1], spread over the layers as `rates_of` says: by a budget of groups, by thresholds
+    """`lazy` at an activity in (0, 1], spread over layers as in study `policies`: by a budget of groups, by thresholds
     calibrated on `x` (`first` its first pre-activations where known), or by sampling with `seed` from probabilities
     whose logits are shifted, by as much for every example and group of a gate."""
-    rates = rates_of(activity, lazy.target.hidden)
+    hidden = lazy.target.hidden
+    rates = spread_over(activity, policies.SPREAD[len(hidden)], hidden)
     if decision == BUDGETED:
         return decided_by(lazy, Budget.of(rates, lazy.partition, lazy.policy))
     if decision == CALIBRATED:
@@ -119,21 +121,6 @@ def decided(
         logits = evaluate(decided_by(lazy, drawing), x, first).logits
         shifts.append(shift_for(lazy.partition.by_gate(logits)[gate], rate))
     return decided_by(lazy, Shifted(tuple(shifts), torch.Generator().manual_seed(seed)))
-
-
-def rates_of(activity: float, hidden: Sequence[int]) -> list[float]:
-    """The share of each layer that an activity stands for: spread as in study `policies`, and what a layer that is
-    evaluated whole cannot take goes to the others.
-
-    >>> rates_of(0.25, [200, 200]), rates_of(0.9, [200, 200])
-    ([0.3, 0.2], [1.0, 0.8])
-    """
-    widths, rates = np.array(hidden, float), np.array(policies.rates_for(activity, hidden))
-    while (lacks := activity * widths.sum() - rates @ widths) > 1e-9:
-        open_ones = rates < 1
-        rates[open_ones] *= 1 + lacks / (rates @ (widths * open_ones))
-        rates = rates.clip(max=1)
-    return rates.round(6).tolist()
 
 
 @dataclass(frozen=True)
@@ -177,10 +164,8 @@ def rounded(nets: Mapping[str, LazyNetwork]) -> dict[str, np.ndarray]:
 
 
 def _in_8_bits(name: str, layer: torch.nn.Linear) -> dict[str, np.ndarray]:
-    weight = layer.weight.detach()
-    scale = weight.abs().amax(1).clamp(min=1e-12) / 127
-    codes = (weight / scale[:, None]).round().to(torch.int8)
-    return {name: codes.numpy(), f"{name}.scale": scale.numpy(), f"{name}.bias": layer.bias.detach().numpy()}
+    codes, scale = quantised(layer.weight.detach().numpy().T, "int8")
+    return {name: codes.T, f"{name}.scale": scale, f"{name}.bias": layer.bias.detach().numpy()}
 
 
 def network(record: Record, partitioner: str, shape: tuple[int, int, int]) -> LazyNetwork:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from condcomp_lib import studies
 from condcomp_lib.claims import Claim, judge
+from condcomp_lib.datasets import Dataset
 from condcomp_lib.estimators import Estimator, Minibatch, Reinforce
 from condcomp_lib.estimators.disarm import DisARM
 from condcomp_lib.estimators.dpg import DPG
@@ -71,21 +72,24 @@ def specs(profile: str) -> list[RunSpec]:
     return found
 
 
-def compute(spec: RunSpec, artefacts: RunStore) -> Outcome:
-    """Estimate one gradient again and again at fixed weights; an estimator that learns is warmed up before."""
-    settings = spec.settings
-    data = studies.dataset(settings["dataset"])
+def small_minibatch(
+    settings: Mapping[str, Any], data: Dataset, artefacts: RunStore, draws: torch.Generator
+) -> tuple[Minibatch, Record]:
+    """The examples of these settings on a network small enough to try every mask, and the record of its target."""
     target, trained = obtain_target(targets.target_of(settings), data, artefacts)
     target.requires_grad_(False)
-    draws = torch.Generator().manual_seed(settings["policy_seed"])
     partition = make_partition("balanced", target.hidden, settings["groups"], draws, settings["scope"])
     policy = Policy(partition, data.train.x.shape[1], Pool(data.shape, POOL), draws)
     x, y = (torch.from_numpy(part[: settings["examples"]]) for part in (data.train.x, data.train.y))
-    minibatch = Minibatch(
-        LazyNetwork(target, partition, policy, Sample(draws)),
-        x,
-        lambda found: cross_entropy(found.scores, y, reduction="none"),
-    )
+    lazy = LazyNetwork(target, partition, policy, Sample(draws))
+    return Minibatch(lazy, x, lambda found: cross_entropy(found.scores, y, reduction="none")), trained
+
+
+def compute(spec: RunSpec, artefacts: RunStore) -> Outcome:
+    """Estimate one gradient again and again at fixed weights; an estimator that learns is warmed up before."""
+    settings = spec.settings
+    data, draws = studies.dataset(settings["dataset"]), torch.Generator().manual_seed(settings["policy_seed"])
+    minibatch, trained = small_minibatch(settings, data, artefacts, draws)
     estimator = ESTIMATORS[settings["estimator"]]()
     for _ in range(settings["warm_up"] if isinstance(estimator, DPG) else 0):
         estimator(minibatch, draws)

@@ -25,6 +25,7 @@ from PIL import Image
 
 from condcomp_lib import plots
 from condcomp_lib.errors import UsageError, unknown
+from condcomp_lib.kernels import timing
 
 State = Mapping[str, Any]
 VIEW = "application/vnd.jupyter.widget-view+json"
@@ -243,7 +244,7 @@ def slider(description: str, value: int, least: int, most: int) -> ipywidgets.In
     if not isinstance(value, int) or not least <= value <= most:
         raise UsageError(f"{description} is a whole number from {least} to {most}, not {value}")
     return ipywidgets.IntSlider(
-        value, least, most, description=description, continuous_update=True, style={"description_width": "90px"},
+        value, least, most, description=description, continuous_update=True, style={"description_width": "120px"},
         layout={"width": "min(560px, 95%)"},
     )  # fmt: skip
 
@@ -253,23 +254,21 @@ def selector(description: str, options: Sequence[int], value: int) -> ipywidgets
     if value not in options:
         raise unknown(description, str(value), list(map(str, options)))
     return ipywidgets.SelectionSlider(
-        options=list(options), value=value, description=description, style={"description_width": "90px"},
+        options=list(options), value=value, description=description, style={"description_width": "120px"},
         layout={"width": "min(560px, 95%)"},
     )  # fmt: skip
 
 
 def activity_axis(ax: Axes) -> None:
     """Make the x axis one of activity, from 2% to 100%."""
-    ax.set(xscale="log", xlim=(1.9, 105), xlabel="activity (% of hidden neurons evaluated)")
-    ticks = (2, 5, 10, 25, 50, 100)
-    ax.set_xticks(ticks, [str(tick) for tick in ticks])
-    ax.minorticks_off()
+    plots.percent_axis(ax, 1.9, 105)
+    ax.set(xlabel="activity (% of hidden neurons evaluated)")
 
 
 def timed(times: Mapping[str, np.ndarray], engines: Sequence[str], name: str) -> list[tuple[str, str]]:
     """Rows of microseconds (medians of `times`, microseconds by repeat, as from `timing.interleaved`) of "lazy" and of
     the dense `engines`, called `name`, and the speed-up over the fastest of them with its range over the repeats."""
-    fastest = min(engines, key=lambda engine: float(np.median(times[engine])))
+    fastest = timing.fastest(times, engines)
     ratios = times[fastest] / times["lazy"]
     return [
         ("lazy network, compiled", f"{np.median(times['lazy']):.1f}"),

@@ -103,7 +103,7 @@ class Scene:
         with widgets.styled():
             self.figure = Figure(figsize=(9.4, 4.1))
             left, right = self.figure.subplots(1, 2, width_ratios=(1, 1.3))
-            self.figure.subplots_adjust(left=0.04, right=0.985, bottom=0.13, top=0.84, wspace=0.2)
+            self.figure.subplots_adjust(left=0.04, right=0.985, bottom=0.13, top=0.84, wspace=0.3)
             side = len(next(iter(found.values())).matrices["mean"])
             self.image = left.imshow(np.zeros((side, side)), cmap="Blues", norm=PowerNorm(0.5, 0, 1), aspect="equal",
                                      interpolation="nearest")  # fmt: skip

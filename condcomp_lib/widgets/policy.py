@@ -8,20 +8,14 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from torch.nn.functional import cross_entropy
 
 from condcomp_lib import datasets, paths, studies, widgets
 from condcomp_lib.estimators import Estimator, Minibatch
 from condcomp_lib.estimators.exact import compare, exact_cost, gradient
 from condcomp_lib.estimators.pathwise import GaussianNoise, GumbelSigmoid, Pathwise
-from condcomp_lib.lazy import LazyNetwork
-from condcomp_lib.partitions import make_partition
 from condcomp_lib.plots import BLUE, GREY, VERMILION
-from condcomp_lib.policies import Policy, Pool, Sample
 from condcomp_lib.runs import RunStore
 from condcomp_lib.studies import policies_bias as study
-from condcomp_lib.studies import targets
-from condcomp_lib.training import obtain_target
 from condcomp_lib.widgets import Canvas, Choice, Explorer, State
 
 ESTIMATES = 400
@@ -52,22 +46,12 @@ class Estimated:
 
 
 @functools.cache
-def network() -> LazyNetwork:
-    """The network that study `policies-bias` measures estimators on: digits, small enough to try every mask."""
-    data, settings = datasets.load("digits"), study.specs("quick")[-1].settings
-    target, _ = obtain_target(targets.target_of(settings), data, RunStore(paths.artefacts("quick")))
-    draws = torch.Generator().manual_seed(0)
-    partition = make_partition("balanced", target.hidden, settings["groups"], draws, "layer")
-    policy = Policy(partition, data.train.x.shape[1], Pool(data.shape, study.POOL), draws)
-    return LazyNetwork(target.requires_grad_(False), partition, policy, Sample(draws))
-
-
-@functools.cache
 def minibatch() -> tuple[Minibatch, np.ndarray]:
-    """The study's training examples, and the exact gradient of their cost in the policy's weights."""
-    data = datasets.load("digits")
-    x, y = (torch.from_numpy(part[: study.EXAMPLES]) for part in (data.train.x, data.train.y))
-    made = Minibatch(network(), x, lambda found: cross_entropy(found.scores, y, reduction="none"))
+    """What study `policies-bias` measures estimators on, with a gate for each layer, and the exact gradient of its cost
+    in the policy's weights."""
+    settings = study.specs("quick")[-1].settings
+    draws, artefacts = torch.Generator().manual_seed(settings["policy_seed"]), RunStore(paths.artefacts("quick"))
+    made, _ = study.small_minibatch(settings, datasets.load(settings["dataset"]), artefacts, draws)
     return made, gradient(exact_cost(made), made)
 
 
@@ -135,7 +119,7 @@ class Scene:
             right.set(xlabel="standard deviation of an average", ylabel="bias (averaging does not lower it)")
             for axis in (right.xaxis, right.yaxis):
                 axis.set_major_formatter("{x:g}")
-            right.set_title("grey: stored, single estimates (temperature 0.5, deviation 0.1)", fontsize=9)
+            right.set_title("grey: stored, single estimates (temperature 0.5, deviation 0.1)", fontsize=8)
             self.title = self.figure.text(0.012, 0.985, "", va="top", fontsize=11, weight="bold")
             self.canvas = Canvas(self.figure, [self.points, self.mean, self.here, self.title])
 

@@ -140,8 +140,7 @@ def measured(state: State) -> str:
     )
     assert isinstance(lazy.decision, Budget)
     key = (state["width"], state["groups"], state["batch"])
-    fastest = min((times[name] for name in engines), key=lambda micro: float(np.median(micro)))
-    found = float(np.median(fastest / times["lazy"]))
+    found = float(np.median(times[timing.fastest(times, engines)] / times["lazy"]))
     MEASURED.setdefault(key, {})[lazy.decision.counts[0] / state["groups"]] = found
     return widgets.table(
         [
