@@ -231,7 +231,7 @@ display(Markdown(conversion.finding(records)))
 # - **Layers**: Linear, ReLU or Tanh, BatchNorm1d, Dropout, Flatten, in a chain; no GELU, under which no neuron is ever at zero, and
 #   no convolutions (`06_joint_training` has lazy conv nets, trained for it). What is not supported is named, and the model left alone.
 # - **Evaluation only**, on a processor, in float32.
-# - **Small networks gain nothing**: below about a million weights a dense engine is as fast; the report says so.
+# - **Small networks gain little**: a dense engine is done in microseconds; where nothing is gained, the report says so.
 # - **Accuracy is not guaranteed**: a policy is trained, within the time given. The report measures it, beside a dense net of equal
 #   compute, which is the choice to beat.
 #
