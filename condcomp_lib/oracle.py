@@ -10,7 +10,7 @@ from torch.nn.functional import kl_div, log_softmax
 from condcomp_lib.errors import UsageError
 from condcomp_lib.lazy import LazyNetwork
 from condcomp_lib.partitions import Partition
-from condcomp_lib.policies import Given, Policy, Pool, check_counts
+from condcomp_lib.policies import ALWAYS, Given, Policy, Pool, check_counts
 from condcomp_lib.targets import MLP
 
 TINY = 1e-12  # the logarithm of a group without a contribution stays finite
@@ -39,7 +39,9 @@ class Oracle(Policy):
     def logits(self, gate: int, s: Tensor) -> Tensor:
         """Logarithms of the contributions (float32, examples x groups); see the class."""
         if self.scope == "layer":
-            return self.shares(gate, self._activations(gate, s)).clamp(min=TINY).log()
+            logits = self.shares(gate, self._activations(gate, s)).clamp(min=TINY).log()
+            logits[:, self.partition.groups_by_gate[gate] :] = -ALWAYS  # below a group that adds nothing
+            return logits
         shares, h = torch.zeros(len(s), self.partition.groups), s
         for layer in range(len(self.target.hidden)):
             h = self._activations(layer, h)

@@ -96,6 +96,7 @@ def converted(report: Mapping[str, Any], axes: Sequence[Axes]) -> Sequence[Axes]
     if "control" in report:
         rungs["dense, equal compute"] = report["control"]["ratio"]
     colours = {"learned": VERMILION, "blind": ORANGE, "dense, equal compute": GREY}
+    rungs = {name: share for name, share in rungs.items() if share is not None}
     for index, (name, share) in enumerate(rungs.items()):
         axes[0].barh(-index, share, color=colours.get(name, GREEN if name.startswith("oracle") else BLUE), alpha=0.8)
         axes[0].text(max(share, 0) + 0.01, -index, f"{share:.3f}", va="center", fontsize=9)
@@ -124,7 +125,8 @@ def converted(report: Mapping[str, Any], axes: Sequence[Axes]) -> Sequence[Axes]
 def kept_and_gained(fronts: Mapping[str, np.ndarray], axes: Sequence[Axes]) -> Sequence[Axes]:
     """What converted networks keep of their accuracy, and how much faster they are, against activity.
 
-    `fronts` maps a network to activity, accuracy ratio, speed-up at batch 1 and at 128 (runs x 4).
+    `fronts` maps a network to activity, accuracy ratio, speed-up at batch 1 and at 128, and accuracy ratio of the dense
+    net of equal compute (runs x 5).
     """
     for (name, rows), colour, marker in zip(fronts.items(), COLOURS, MARKERS, strict=False):
         alone = len(set(rows[:, 0].round(2))) == 1  # one activity only: points
@@ -133,6 +135,9 @@ def kept_and_gained(fronts: Mapping[str, np.ndarray], axes: Sequence[Axes]) -> S
             ax.plot(100 * order[:, 0], order[:, column], linestyle="none" if alone else line, color=colour,
                     marker=marker, markersize=5, markerfacecolor="white" if column == 3 else colour, alpha=0.85,
                     label=name if column != 3 else None)  # fmt: skip
+        if not alone:
+            axes[0].plot(100 * order[:, 0], order[:, 4], linestyle="--", color=colour, linewidth=1, alpha=0.7,
+                         label=f"{name.split(',')[0]}, dense net of equal compute")  # fmt: skip
     for ax in axes:
         ax.axhline(1, color=GREY, linewidth=0.8, linestyle=":")
         percent_axis(ax, 1.7, 105)

@@ -154,3 +154,14 @@ def test_at_equal_activity_it_keeps_the_scores_nearer_to_the_targets_than_an_unt
     blind = LazyNetwork(lazy.target, lazy.partition, Policy(lazy.partition, 16, None, seeded()), lazy.decision)
     off = [(evaluate(net, x).scores - lazy.target(x).detach()).norm(dim=1).mean() for net in (lazy, blind)]
     assert off[0] < off[1]
+
+
+def test_an_oracle_never_chooses_a_group_that_a_layer_does_not_have():
+    target = network((8, 6, 2))
+    with torch.no_grad():
+        for layer in target.linears[:-1]:
+            layer.bias.fill_(-100)  # no neuron fires: no group contributes more than another
+    partition = Partition((torch.arange(8), torch.arange(6), torch.arange(2)), 8, "layer", (8, 6, 2))
+    oracle = Oracle(target, partition)
+    mask = evaluate(LazyNetwork(target, partition, oracle, Budget((4, 3, 2))), inputs(30)).mask
+    assert [part.sum(1).unique().tolist() for part in partition.by_gate(mask)] == [[4], [3], [2]]

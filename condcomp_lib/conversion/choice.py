@@ -3,35 +3,43 @@
 import copy
 import math
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import mse_loss
+from torch.nn.functional import mse_loss, normalize
 
 from condcomp_lib.coactivation import firing_patterns
 from condcomp_lib.conversion.examples import Examples
 from condcomp_lib.errors import UsageError
 from condcomp_lib.lazy import Evaluation, LazyNetwork, calibrated, decided_by, evaluate
 from condcomp_lib.oracle import Oracle
-from condcomp_lib.partitioners.clustering import activation_partition, weight_partition
+from condcomp_lib.partitioners.clustering import layerwise_partition
 from condcomp_lib.partitions import Partition
 from condcomp_lib.policies import Budget, Policy, Pool, Sample, spread_over
-from condcomp_lib.policy_training import PolicyTraining, policy_plan
+from condcomp_lib.policy_training import PolicyTraining, policy_plan, scores_of
 from condcomp_lib.targets import MLP, multiply_adds
 from condcomp_lib.training import CACHE_BYTES
 
 POLICY_SHARE = 0.06  # of the target's multiply-adds that the policy may take
-LEAST_GROUPS, MOST_GROUPS, NARROWEST = 25, 100, 4  # groups of each layer, whatever they cost, and neurons of a group
-POOLED = 256  # numbers of a picture that the first gate reads, at most
+LEAST_GROUPS, MOST_GROUPS = 25, 160  # groups of each layer, whatever they cost
+SIZES = 16, 8  # neurons of a group: kernels take so many at once, and fewer cost no less; ...
+LEAST_PICKED = 5  # ... the larger where at least so many groups of a layer are evaluated
+NARROWEST = 4  # neurons of a group in narrow layers
+POOLED = 256, 1024  # numbers of a picture that the first gate reads at most: the more, the more is asked for, if ...
+GATE_SHARE = 0.2  # ... they take no more than this share of the multiply-adds asked for
 JUDGED = 1000  # examples on which an oracle judges what is to be chosen
 SPREADS = (0.0, 0.3, -0.3)  # how much more of the first hidden layer than of the last is evaluated
+ALIKE = 0.05  # two spreads that differ by less than this share of each layer's are one
 FIRING = 0.5  # ... or shares in proportion to this power of how often a layer fires
-WARM, LATER = 2, 10  # epochs at most, after the oracle and then by the model's own answers; more of them, up to
-STEPS = 1500  # so many steps, where examples are few
-RATE, TUNING_RATE = 2e-3, 4e-4
+WARM, LATER, TUNED = 2, 20, 40  # epochs at most: after the oracle, then by the model's own answers, there with weights
+STEPS = 3000  # ... and more of them, up to so many steps, where examples are few
+RATE, TUNING_RATE = 4e-3, 1e-3
+TRIED, TRIAL_SHARE = 8000, 0.15  # examples that each spread is tried on, and share of the time for all of them
+SMALLEST_MOVED = 16  # pixels a side
 CLOSE = 0.005  # how far a budget's activity may lie from what is asked
 
 
@@ -44,54 +52,85 @@ class Chosen:
     told: dict[str, Any]
 
 
-def groups_of(target: MLP, reads: int) -> int:
-    """Groups of each layer: as many as the policy may take multiply-adds for, none of fewer than NARROWEST neurons."""
-    full = sum(multiply_adds([target.inputs, *target.hidden, target.linears[-1].out_features]))
-    affordable = POLICY_SHARE * full / (reads + sum(target.hidden[:-1]) / 2)
-    wanted = min(MOST_GROUPS, max(LEAST_GROUPS, affordable))
-    return int(max(2, min(wanted, min(target.hidden) // NARROWEST)))
+def _multiply_adds(target: MLP) -> float:
+    return sum(multiply_adds([target.inputs, *target.hidden, target.linears[-1].out_features]))
 
 
-def pool_of(examples: Examples) -> Pool | None:
-    """How a picture is made smaller for the first gate; None for what is no picture, or is small."""
-    shape = examples.data.shape
-    if min(shape[1:]) < 2 or math.prod(shape) <= POOLED:
+def groups_of(target: MLP, reads: int, activity: float) -> tuple[int, ...]:
+    """Groups of each layer: of 16 neurons or a multiple of it, or of 8 where that would leave few to be evaluated, as
+    many as the policy may take multiply-adds for; narrow layers have smaller ones, so that there are some to choose
+    from."""
+    affordable = POLICY_SHARE * _multiply_adds(target) / (reads + sum(target.hidden[:-1]) / 2)
+    most = min(MOST_GROUPS, max(LEAST_GROUPS, affordable))
+    found = []
+    for width in target.hidden:
+        size = next((size for size in SIZES if activity * width / size >= LEAST_PICKED), SIZES[-1])
+        count = math.ceil(width / (size * math.ceil(width / (size * most))))
+        found.append(count if count >= LEAST_GROUPS else max(2, min(LEAST_GROUPS, width // NARROWEST)))
+    return tuple(found)
+
+
+def _asked_groups(groups: int | Sequence[int], hidden: Sequence[int]) -> tuple[int, ...]:
+    """The groups of each layer that the user asks for."""
+    counts = (groups,) * len(hidden) if isinstance(groups, int) else groups
+    fits = isinstance(counts, Sequence) and len(counts) == len(hidden)
+    if not fits or not all(isinstance(n, int) and 2 <= n <= width for n, width in zip(counts, hidden, strict=True)):
+        raise UsageError(f"groups must be from 2 to a layer's neurons ({', '.join(map(str, hidden))}), one number for "
+                         f"all layers or one for each, not {groups}")  # fmt: skip
+    return tuple(counts)
+
+
+def pool_of(shape: tuple[int, int, int], most: float) -> Pool | None:
+    """How a picture is made smaller, to at most so many numbers; None for what is no picture, or is small."""
+    if min(shape[1:]) < 2 or math.prod(shape) <= most:
         return None
     for size in range(2, min(shape[1:]) + 1):
-        if not (shape[1] % size or shape[2] % size) and math.prod(shape) // size**2 <= POOLED:
+        if not (shape[1] % size or shape[2] % size) and math.prod(shape) // size**2 <= most:
             return Pool(shape, size)
     return None
 
 
 @torch.no_grad()  # not inference_mode: what is made here is trained later
-def prepared(target: MLP, examples: Examples, activity: float, groups: int | None, seed: int) -> Chosen:
-    """The lazy network before training: the partition and the spread over layers with which the oracle loses least."""
-    pool = pool_of(examples)
-    reads = pool.outputs if pool else target.inputs
-    count = groups_of(target, reads) if groups is None else groups
+def prepared(
+    target: MLP, examples: Examples, activity: float, groups: int | Sequence[int] | None, seed: int
+) -> list[Chosen]:
+    """Lazy networks before training, one for each way to spread the activity over the layers, with the partition with
+    which an oracle loses least."""
     if min(target.hidden) < 2:
         raise UsageError("a hidden layer of one neuron cannot be cut into groups")
-    if not isinstance(count, int) or not 2 <= count <= min(target.hidden):
-        raise UsageError(
-            f"groups must be from 2 to the {min(target.hidden)} neurons of the smallest layer, not {count}"
-        )
+    counts = (
+        groups_of(target, min(target.inputs, POOLED[0]), activity)
+        if groups is None
+        else _asked_groups(groups, target.hidden)
+    )
+    each = GATE_SHARE * activity * _multiply_adds(target) / counts[0]
+    pool = pool_of(examples.data.shape, float(np.clip(each, *POOLED)))
     x = torch.from_numpy(examples.data.valid.x[:JUDGED])
-    wanted, least = target(x), math.inf
-    best: tuple[str, Partition, list[float]] | None = None
-    factors = _factors(target, x)
-    for name, partition in _partitions(target, examples, count, seed).items():
-        oracle = Oracle(target, partition, pool)
-        for own in factors:
-            rates = spread_over(activity, own, target.hidden)
-            decided = LazyNetwork(target, partition, oracle, Budget.of(rates, partition, oracle))
-            lost = mse_loss(evaluate(decided, x).scores, wanted).item()
-            if lost < least or best is None:
-                least, best = lost, (name, partition, rates)
-    assert best is not None
-    name, partition, rates = best
-    draws = torch.Generator().manual_seed(seed)
-    lazy = LazyNetwork(target, partition, Policy(partition, target.inputs, pool, draws), Sample(draws))
-    return Chosen(lazy, rates, {"partition": name, "groups": count, "pool": pool.size if pool else 0})
+    wanted, found = target(x), []
+    partitions = _partitions(target, examples, counts, seed)
+    oracles = {name: Oracle(target, partition, pool) for name, partition in partitions.items()}
+    for rates in _spreads(target, x, activity):
+        lost = {}
+        for name, partition in partitions.items():
+            ranked = LazyNetwork(target, partition, oracles[name], Budget.of(rates, partition, oracles[name]))
+            lost[name] = mse_loss(evaluate(ranked, x).scores, wanted).item()
+        name = min(lost, key=lambda name: lost[name])
+        draws = torch.Generator().manual_seed(seed)
+        policy = Policy(partitions[name], target.inputs, pool, draws)
+        lazy = LazyNetwork(target, partitions[name], policy, Sample(draws))
+        told = {"partition": name, "groups": list(counts), "pool": pool.size if pool else 0, "rates": rates}
+        found.append(Chosen(lazy, rates, told))
+    return found
+
+
+def _spreads(target: MLP, x: Tensor, activity: float) -> list[list[float]]:
+    """The layers' shares in each way that is tried, without those that are nearly alike."""
+    found: list[list[float]] = []
+    for factors in _factors(target, x):
+        rates = spread_over(activity, factors, target.hidden)
+        if not any(np.allclose(rates, other, rtol=ALIKE) for other in found):
+            found.append(rates)
+    return found
 
 
 def _factors(target: MLP, x: Tensor) -> list[list[float]]:
@@ -103,13 +142,14 @@ def _factors(target: MLP, x: Tensor) -> list[list[float]]:
     return [*found, [float(part.mean()) ** FIRING + 1e-3 for part in fired]] if layers > 1 else found[:1]
 
 
-def _partitions(target: MLP, examples: Examples, groups: int, seed: int) -> dict[str, Partition]:
+def _partitions(target: MLP, examples: Examples, counts: Sequence[int], seed: int) -> dict[str, Partition]:
     draws = torch.Generator().manual_seed(seed)
     patterns = firing_patterns(target, torch.from_numpy(examples.data.train.x[:4000]))
-    return {
-        "coactivation": activation_partition(patterns, target.hidden, groups, draws, "layer"),
-        "k-means": weight_partition(target, groups, draws, "layer"),
+    features = {
+        "coactivation": [normalize(part.T.float()) for part in patterns.split(list(target.hidden), 1)],
+        "k-means": [normalize(layer.weight) for layer in target.linears[:-1]],
     }
+    return {name: layerwise_partition(own, counts, draws) for name, own in features.items()}
 
 
 class _Training(PolicyTraining):
@@ -117,58 +157,110 @@ class _Training(PolicyTraining):
 
     scores = True
     scale = 1.0  # the outputs' variance
+    known: Tensor | None = None  # what the model answers where pictures stay as they are
 
     def cost(self, found: Evaluation, y: Tensor, wanted: Tensor | None) -> Tensor:
         if self.scores or wanted is None:
             return super().cost(found, y, wanted)
         return (found.scores - wanted).square().mean(1) / self.scale
 
+    def a_step(self, batch: int) -> Callable[[], Tensor]:
+        """The loss of one minibatch, to see how long it takes."""
+        return lambda: self.loss(torch.arange(batch))
+
 
 def trained(
-    chosen: Chosen,
+    candidates: Sequence[Chosen],
     target: MLP,
     examples: Examples,
     finetune: bool,
+    moved: int,
     seconds: float,
     epochs: int | None,
     seed: int,
     progress: bool,
 ) -> Chosen:
-    """The same lazy network with a trained policy, decided by thresholds or by a budget, whichever keeps more on
-    validation data of what `target`, the model as it was, answers; its own is a copy where it is fine-tuned."""
-    lazy, data = chosen.lazy, examples.data
+    """The best of these lazy networks with a trained policy, decided by thresholds or by a budget, whichever keeps more
+    on validation data of what `target`, the model as it was, answers; its own is a copy where it is fine-tuned."""
+    chosen, started = candidates[0], time.perf_counter()
     if min(chosen.rates) >= 1:
-        every = tuple(lazy.partition.groups_by_gate)
-        return Chosen(decided_by(lazy, Budget(every)), chosen.rates, {**chosen.told, "decision": "budget", "epochs": 0})
+        every = tuple(chosen.lazy.partition.groups_by_gate)
+        told = {**chosen.told, "decision": "budget", "epochs": 0, "ended": "", "finetuned": False, "moved": 0}
+        return Chosen(decided_by(chosen.lazy, Budget(every)), chosen.rates, told)
+    chosen = _best(candidates, target, examples, seconds, epochs, seed)
+    seconds -= time.perf_counter() - started
+    lazy, data = chosen.lazy, examples.data
     if finetune:
         lazy = LazyNetwork(copy.deepcopy(lazy.target), lazy.partition, lazy.policy, lazy.decision)
-    done, shuffling = 0, torch.Generator().manual_seed(seed)
+    done, ended, shuffling = 0, "", torch.Generator().manual_seed(seed)
     first, wanted = None, None
-    for title, settings, share, most in _phases(chosen, examples, finetune):
+    for title, settings, share, most in _phases(chosen, examples, finetune, moved):
         started = time.perf_counter()
         training = _made(lazy, examples, settings, shuffling, first, wanted)
         most = max(most, STEPS * most // (LATER * -(-len(data.train) // settings["batch"])))
-        planned = _planned(training, settings, len(data.train), seconds * share, epochs and min(epochs, most), most)
-        training = _made(lazy, examples, {**settings, **planned}, shuffling, training.first, training.wanted)
+        asked = None if epochs is None else min(epochs, WARM) if settings["estimator"] == "cross-entropy" else epochs
+        planned = _planned(training, settings, len(data.train), seconds * share, asked, most)
+        training = _made(lazy, examples, {**settings, **planned}, shuffling, training.first, training.known)
         training.run(title if progress else None)
         seconds -= time.perf_counter() - started
-        first, wanted, done = (training.first if not finetune else None), training.wanted, done + planned["epochs"]
+        first, wanted, done = (training.first if not finetune else None), training.known, done + planned["epochs"]
+        ended = "epochs" if planned["epochs"] in (asked, most) else "seconds"
     name, decided = _decided(lazy, target, examples, chosen.rates)
-    return Chosen(decided, chosen.rates, {**chosen.told, "decision": name, "epochs": done, "finetuned": finetune})
+    told = {"decision": name, "epochs": done, "ended": ended, "finetuned": finetune,
+            "moved": moved if finetune else 0}  # fmt: skip
+    return Chosen(decided, chosen.rates, {**chosen.told, **told})
 
 
-def _phases(chosen: Chosen, examples: Examples, finetune: bool) -> list[tuple[str, dict[str, Any], float, int]]:
+def _best(
+    candidates: Sequence[Chosen], target: MLP, examples: Examples, seconds: float, epochs: int | None, seed: int
+) -> Chosen:
+    """The one whose policy loses least after a short training: an oracle's ranking of spreads is not a policy's. The
+    loss is the square in the outputs, which tells policies that have learned little apart better than accuracy does."""
+    if len(candidates) == 1:
+        return candidates[0]
+    x, lost = torch.from_numpy(examples.data.valid.x), []
+    wanted, first, known = scores_of(target, x), None, None
+    for chosen in candidates:
+        draws = torch.Generator().manual_seed(seed)
+        for _, settings, _, _ in _phases(chosen, examples):
+            training = _made(chosen.lazy, examples, settings, draws, first, known)
+            steps = max(1, min(TRIED, len(examples.data.train)) // settings["batch"])
+            if epochs is None:
+                each = seconds * TRIAL_SHARE / (2 * len(candidates))
+                steps = min(steps, affordable(training.a_step(settings["batch"]), each))
+            first, known = training.first, training.known
+            brief = {**settings, "epochs": 1, "epoch_examples": steps * settings["batch"]}
+            _made(chosen.lazy, examples, brief, draws, first, known).run(None)
+        decided = calibrated(chosen.lazy, x, chosen.rates)
+        lost.append(mse_loss(evaluate(decided, x).scores, wanted).item())
+    return candidates[int(np.argmin(lost))]
+
+
+def pixels(examples: Examples, moved: int | None) -> int:
+    """By how many pixels pictures are moved while weights are trained: as asked, or by their size."""
+    side = min(examples.data.shape[1:])
+    if moved is None:
+        return 1 + side // 24 if side >= SMALLEST_MOVED else 0
+    if not isinstance(moved, int) or moved < 0 or (moved and side < 2):
+        shape = list(examples.data.shape)
+        raise UsageError(f"moved is by how many pixels images of shape {shape} may be moved, or 0, not {moved}")
+    return moved
+
+
+def _phases(
+    chosen: Chosen, examples: Examples, finetune: bool = False, moved: int = 0
+) -> list[tuple[str, dict[str, Any], float, int]]:
     """What is trained one after the other: title, settings, share of the time that is left, and epochs at most."""
     data, labelled = examples.data, examples.labelled
     common = {"tau": _tau(chosen), "rates": chosen.rates, "sparsity": "rate", "lambda_s": 1.0, "learning_rate": RATE,
               "distil": 0.25 if labelled else 1.0, "labels": float(labelled),
               "batch": max(1, min(128, len(data.train) // 20))}  # fmt: skip
     own = {**common, "estimator": "threshold-through", **({"finetune": TUNING_RATE} if finetune else {})}
-    if finetune and min(data.shape[1:]) >= 16:
-        own["augment"] = 1 + min(data.shape[1:]) // 24
+    if finetune and moved:
+        own["augment"] = moved
     return [
         ("policy, after the oracle", {**common, "estimator": "cross-entropy"}, 0.3, WARM),
-        ("policy and weights" if finetune else "policy", own, 1.0, LATER),
+        ("policy and weights" if finetune else "policy", own, 1.0, TUNED if finetune else LATER),
     ]
 
 
@@ -184,9 +276,20 @@ def _made(
 ) -> _Training:  # fmt: skip
     training = _Training(lazy, examples.data, policy_plan(**settings), draws, first, wanted, CACHE_BYTES)
     training.scores = examples.scores
-    if not examples.scores and training.wanted is not None:
-        training.scale = max(training.wanted.var().item(), 1e-12)
+    training.known = wanted if training.wanted is None else training.wanted
+    if not examples.scores and training.known is not None:
+        training.scale = max(training.known.var(correction=0).item(), 1e-12)
     return training
+
+
+def affordable(step: Callable[[], Tensor], seconds: float) -> int:
+    """How many steps of training fit into a time: `step` gives the loss of one."""
+    spent = []
+    for _ in range(3):  # the first is slower than all others
+        started = time.perf_counter()
+        step().backward()
+        spent.append(time.perf_counter() - started)
+    return max(1, int(seconds / (1.3 * min(spent))))
 
 
 def _planned(
@@ -195,15 +298,11 @@ def _planned(
     """How many epochs, of how many examples, fit into a time; as many as asked for where that is given."""
     if epochs is not None:
         return {"epochs": epochs}
-    rows, spent = torch.arange(settings["batch"]), []
-    for _ in range(3):
-        started = time.perf_counter()
-        training.loss(rows).backward()
-        spent.append(time.perf_counter() - started)
-    steps, whole = seconds / (1.3 * min(spent)), math.ceil(examples / settings["batch"])
+    steps = affordable(training.a_step(settings["batch"]), seconds)
+    whole = math.ceil(examples / settings["batch"])
     if steps >= whole:
-        return {"epochs": int(min(most, steps // whole))}
-    return {"epochs": 1, "epoch_examples": int(max(1, steps)) * settings["batch"]}
+        return {"epochs": min(most, steps // whole)}
+    return {"epochs": 1, "epoch_examples": steps * settings["batch"]}
 
 
 def _decided(lazy: LazyNetwork, target: MLP, examples: Examples, rates: list[float]) -> tuple[str, LazyNetwork]:
@@ -230,4 +329,4 @@ def kept(scores: Tensor, y: np.ndarray, x: Tensor, target: MLP, classes: bool) -
     if classes:
         return (scores.argmax(1) == torch.from_numpy(y)).double().mean().item()
     wanted = target(x)
-    return 1 - (mse_loss(scores, wanted) / wanted.var().clamp(min=1e-12)).item()
+    return 1 - (mse_loss(scores, wanted) / wanted.var(correction=0).clamp(min=1e-12)).item()

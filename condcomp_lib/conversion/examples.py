@@ -15,7 +15,7 @@ from condcomp_lib.conversion.reading import Block
 from condcomp_lib.datasets import Dataset, Split
 from condcomp_lib.errors import UsageError
 
-MOST_ROWS = 40_000  # that are kept: a few epochs of them are all that a time budget allows
+MOST_ROWS = 60_000  # that are kept: a few epochs of them are all that a time budget allows
 HELD_OUT = 5000  # examples for thresholds, and as many for the report, at most; a fifth of all each
 AGREES = {torch.float16: 0.1, torch.bfloat16: 0.5}  # largest difference of an output over its spread; float32: 0.01
 LEAST = 5  # examples
@@ -24,51 +24,92 @@ LEAST = 5  # examples
 @dataclass(frozen=True, eq=False)
 class Examples:
     """What a block sees: `data` split into train, valid and test, labels included; `scores` whether its outputs are
-    scores of classes, `labelled` whether the labels are the user's own (else they are what the model answers)."""
+    scores of classes, `labelled` whether the labels are the user's own (else they are what the model answers), those of
+    `data.test` (`tested`) apart."""
 
     data: Dataset
     scores: bool
     labelled: bool
+    tested: bool
 
 
-def collect(model: nn.Module, block: Block, data: Any, seed: int, scores: bool | None = None) -> Examples:
+@dataclass(frozen=True, eq=False)
+class _Reached:
+    """Examples as they reach a block: `x` (float32, rows x features), what the block makes of them (`classes` numbers)
+    or the user's own labels as classes `y` (int64, rows), and of which `shape` an input is; an example has `each` rows.
+    """
+
+    x: Tensor
+    y: Tensor
+    labelled: bool
+    scores: bool
+    classes: int
+    each: int
+    shape: tuple[int, int, int]
+
+
+def collect(
+    model: nn.Module, block: Block, data: Any, seed: int, scores: bool | None = None, test: Any = None
+) -> Examples:
     """The user's examples, at most MOST_ROWS of them, as the block sees them.
 
     Arguments: `data` inputs alone (a tensor or an array), a pair of inputs and labels, or an iterable of minibatches of
     either (a DataLoader); a torch Dataset of pairs. Labels are the numbers of classes. `scores` whether the model's
-    outputs are scores of classes (None: those of a whole model with more than one).
+    outputs are scores of classes (None: those of a whole model with more than one). `test` as `data`, to report on
+    (None: a part of `data`).
 
     Raises UsageError where they do not fit the model, or the model's outputs are not those of its chain of layers.
     """
+    own = _reached(model, block, data, seed, scores)
+    other = None if test is None else _reached(model, block, test, seed, scores, test=True)
+    held = own.each * max(1, min(HELD_OUT // own.each, len(own.x) // own.each // 5))
+    sizes = [len(own.x) - 2 * held, held, held] if other is None else [len(own.x) - held, held]
+    parts = list(zip(own.x.split(sizes), own.y.split(sizes), strict=True))
+    parts += [] if other is None else [(other.x, other.y)]
+    learn, valid, last = (Split(x.contiguous().numpy(), y.contiguous().numpy()) for x, y in parts)
+    checksum = hashlib.sha256(own.x[:100].numpy().tobytes()).hexdigest()[:16]
+    kept = Dataset("yours", learn, valid, last, own.shape, own.classes, "the user's own", checksum)
+    return Examples(kept, own.scores, own.labelled, own.labelled if other is None else other.labelled)
+
+
+def _reached(
+    model: nn.Module, block: Block, data: Any, seed: int, scores: bool | None, test: bool = False
+) -> _Reached:  # fmt: skip
     x, y = _tensors(data, seed)
-    if len(x) < LEAST:
-        raise UsageError(f"at least {LEAST} examples are needed to calibrate on, not {len(x)}")
-    y = None if y is None else _labels(y, len(x))
+    if len(x) < (1 if test else LEAST):
+        wanted = "one example is needed to report" if test else f"{LEAST} examples are needed to calibrate"
+        raise UsageError(f"at least {wanted} on, not {len(x)}")
+    if y is not None and len(y) != len(x):
+        raise UsageError(f"labels must be one number for each of {len(x)} examples, not of shape {list(y.shape)}")
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:MOST_ROWS]
     x, y = x[order], None if y is None else y[order]
     rows, outputs, seen = _seen(model, block, x)
+    if not test and len(rows) == len(outputs):
+        _check_chain(model, block, rows, outputs)
     each, rest = divmod(len(rows), seen)  # tokens: more rows than examples, those of one example together
     if rest or len(outputs) != len(rows):
         raise UsageError(f"{seen} examples reach the layers as {len(rows)} rows and leave as {len(outputs)}: the model "
                          "mixes examples")  # fmt: skip
     most = MOST_ROWS // each * each
-    rows, outputs, y = rows[:most], outputs[:most], None if y is None or each > 1 else y[:most]
+    rows, outputs = rows[:most], outputs[:most]
     classes, whole = outputs.shape[1], not block.path and not isinstance(block.place, nn.TransformerEncoderLayer)
     own = (whole and classes > 1) if scores is None else scores
-    if y is not None and own and not 0 <= int(y.min()) <= int(y.max()) < classes:
+    y = _labels(y)[:most] if y is not None and own and each == 1 else None
+    if y is not None and not 0 <= int(y.min()) <= int(y.max()) < classes:
         raise UsageError(f"labels must be from 0 to {classes - 1}, the model's scores, not from {int(y.min())} to "
                          f"{int(y.max())}")  # fmt: skip
-    shape = tuple(x.shape[1:]) if x.ndim == 4 and whole else (1, 1, rows.shape[1])
-    wanted = y if y is not None and own else outputs.argmax(1)
-    return Examples(_split(rows, wanted, shape, classes, each), own, y is not None and own)
+    picture = x.ndim == 4 and whole and math.prod(x.shape[1:]) == rows.shape[1]
+    side = x.shape[1:] if picture else (1, 1, rows.shape[1])
+    shape = (side[0], side[1], side[2])
+    return _Reached(rows, outputs.argmax(1) if y is None else y, y is not None, own, classes, each, shape)
 
 
-def _labels(y: Tensor, count: int) -> Tensor:
+def _labels(y: Tensor) -> Tensor:
     """The numbers of classes (int64, examples)."""
     if y.ndim == 2 and y.shape[1] == 1:
         y = y[:, 0]
-    if y.ndim != 1 or len(y) != count:
-        raise UsageError(f"labels must be one number for each of {count} examples, not of shape {list(y.shape)}")
+    if y.ndim != 1:
+        raise UsageError(f"labels must be one number for each of {len(y)} examples, not of shape {list(y.shape)}")
     if y.is_floating_point() and not torch.equal(y, y.round()):
         raise UsageError("labels must be whole numbers of classes; for other outputs give inputs alone, scores=False")
     return y.long()
@@ -111,8 +152,7 @@ def _pair(part: Any) -> tuple[Tensor, Tensor | None]:
 
 @torch.inference_mode()
 def _seen(model: nn.Module, block: Block, x: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Rows (float32, rows x features) that reach the block, what it makes of them, and of how many examples they are;
-    with the check that its chain of layers gives what the model gives."""
+    """Rows (float32, rows x features) that reach the block, what it makes of them, and how many examples they are."""
     where = next(iter(model.parameters()), torch.zeros(()))
     place = block.place.linear1 if isinstance(block.place, nn.TransformerEncoderLayer) else block.place
     end = block.place.linear2 if isinstance(block.place, nn.TransformerEncoderLayer) else block.place
@@ -145,30 +185,22 @@ def _seen(model: nn.Module, block: Block, x: Tensor) -> tuple[Tensor, Tensor, in
         torch.backends.mha.set_fastpath_enabled(fused)
         for hook in hooks:
             hook.remove()
-    inputs, outputs = torch.cat(rows), torch.cat(found)
-    if len(inputs) != len(outputs):
-        return inputs, outputs, seen
+    return torch.cat(rows), torch.cat(found), seen
+
+
+@torch.inference_mode()
+def _check_chain(model: nn.Module, block: Block, inputs: Tensor, outputs: Tensor) -> None:
+    """Raise UsageError unless the block's chain of layers makes of `inputs` what the model makes."""
+    kind = next((parameter.dtype for parameter in model.parameters()), torch.float32)
     own = torch.cat([block.target(part) for part in inputs.split(2048)])
     spread = outputs.std(0) + 1e-3 * outputs.abs().amax(0) + 1e-12  # of each output, whatever the others' size
     off = float(((own - outputs).abs() / spread).max())
-    if not off <= AGREES.get(where.dtype, 0.01):
+    if not off <= AGREES.get(kind, 0.01):
         raise UsageError(f"the model's outputs differ from those of its layers in a chain, by {off:.2g} of their "
                          "spread: its forward does more than its layers say")  # fmt: skip
-    return inputs, outputs, seen
 
 
 def _flat(given: Tensor, features: int) -> Tensor:
     """What reaches the first layer as rows of its features."""
     wide = given.shape[-1] == features or math.prod(given.shape[1:]) != features
     return given.detach().reshape(-1, features).float().cpu() if wide else given.detach().flatten(1).float().cpu()
-
-
-def _split(x: Tensor, y: Tensor, shape: Any, classes: int, each: int) -> Dataset:
-    """A fifth of the examples each, at most HELD_OUT rows, to calibrate and to report; the rest to learn from. The
-    `each` rows of an example stay together."""
-    held = each * max(1, min(HELD_OUT // each, len(x) // each // 5))
-    sizes = [len(x) - 2 * held, held, held]
-    learn, valid, test = (Split(a.contiguous().numpy(), b.contiguous().numpy())
-                          for a, b in zip(x.split(sizes), y.split(sizes), strict=True))  # fmt: skip
-    checksum = hashlib.sha256(x[:100].numpy().tobytes()).hexdigest()[:16]
-    return Dataset("yours", learn, valid, test, shape, classes, "the user's own", checksum)

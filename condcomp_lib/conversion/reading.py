@@ -17,10 +17,14 @@ from condcomp_lib.targets import ACTIVATIONS, MLP
 SUPPORTED = "Linear, ReLU or Tanh, BatchNorm1d, Dropout, Flatten and Identity, one after the other"
 KEPT_AS_IT_IS = (nn.Dropout, nn.AlphaDropout, nn.Identity, nn.Flatten)  # nothing to do in evaluation
 CALLS: dict[Any, str] = {
-    functional.relu: "relu", torch.relu: "relu", torch.tanh: "tanh", functional.tanh: "tanh", functional.dropout: "",
-    torch.flatten: "", "relu": "relu", "tanh": "tanh", "flatten": "", "view": "", "reshape": "", "size": "",
-    getattr: "",
+    functional.relu: "relu", functional.relu_: "relu", torch.relu: "relu", torch.relu_: "relu", torch.tanh: "tanh",
+    functional.tanh: "tanh", functional.dropout: "", torch.flatten: "", "relu": "relu", "relu_": "relu", "tanh": "tanh",
+    "flatten": "", "view": "", "reshape": "", "size": "", getattr: "",
 }  # fmt: skip
+CLAMPS = (torch.clamp, torch.clamp_min, torch.clip, "clamp", "clamp_", "clamp_min", "clip")  # a ReLU where from zero
+PROBABILITIES = (nn.Softmax, nn.LogSoftmax, nn.Sigmoid, functional.softmax, functional.log_softmax, torch.softmax,
+                 torch.log_softmax, torch.sigmoid, "softmax", "log_softmax", "sigmoid")  # fmt: skip
+SCORES = "convert the network up to its scores, and apply it to what the lazy network gives"
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,13 +71,15 @@ def _chain(place: nn.Module) -> list[tuple[str, Any]]:
     """Names and layers (activations by name) in the order in which they are called."""
     steps: list[tuple[str, Any]] = list(_flat(place)) if isinstance(place, nn.Sequential) else _traced(place)
     found: list[tuple[str, Any]] = []
-    for name, layer in steps:
+    for index, (name, layer) in enumerate(steps):
         if isinstance(layer, str | nn.Linear | nn.BatchNorm1d):
             found.append((name, layer))
         elif isinstance(layer, nn.ReLU | nn.Tanh):
             found.append((name, "relu" if isinstance(layer, nn.ReLU) else "tanh"))
         elif not isinstance(layer, KEPT_AS_IT_IS):
-            raise UsageError(f"layer {name!r} is {layer}, which is not supported; supported are {SUPPORTED}")
+            last = index == len(steps) - 1
+            after = SCORES if last and isinstance(layer, PROBABILITIES[:3]) else f"supported are {SUPPORTED}"
+            raise UsageError(f"layer {name!r} is {layer}, which is not supported; {after}")
     return found
 
 
@@ -102,16 +108,27 @@ def _traced(place: nn.Module) -> list[tuple[str, Any]]:
             name, layer = str(node.target), layers[str(node.target)]
             found += _flat(layer, f"{name}.") if isinstance(layer, nn.Sequential) else [(name, layer)]
             last = node
-        elif node.op in ("call_function", "call_method") and node.target in CALLS and node.args[0] is last:
+        elif node.op in ("call_function", "call_method") and node.target in CALLS and node.args[:1] == (last,):
             if node.target in ("size", getattr):
                 continue  # asked for the sake of a view
             found += [(node.name, CALLS[node.target])] if CALLS[node.target] else []
             last = node
+        elif node.target in CLAMPS and node.args[:1] == (last,) and _from_zero(node):
+            found += [(node.name, "relu")]
+            last = node
         elif node.target is operator.getitem and getattr(node.args[0], "target", None) in ("size", getattr):
             continue
         else:
-            raise UsageError(f"{told}: {node.name} ({node.target}) is not supported; supported are {SUPPORTED}")
+            ends = node.next.op == "output" and node.target in PROBABILITIES
+            after = SCORES if ends else f"supported are {SUPPORTED}"
+            raise UsageError(f"{told}: {node.name} ({node.target}) is not supported; {after}")
     raise UsageError(f"{told}: it returns something else than its last layer; supported are {SUPPORTED}")
+
+
+def _from_zero(node: fx.Node) -> bool:
+    """Whether a clamp lets everything above zero through, and nothing below."""
+    given = dict(zip(("min", "max"), node.args[1:], strict=False)) | dict(node.kwargs)
+    return bool(given.get("min") == 0) and given.get("max") is None
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from condcomp_lib.policies import Budget, Policy, Pool, Threshold
 from condcomp_lib.targets import MLP
 
 FORMAT = "condcomp lazy network"
-VERSION = 1
+VERSION = 2
 LARGEST = 2**20  # number that a header may hold
 
 
@@ -35,9 +35,9 @@ def save(fast: FastLazy, path: str | Path) -> Path:
     header. The file appears whole or not at all. Returns its path."""
     lazy = fast.lazy
     plain = isinstance(lazy.target, MLP) and lazy.rescale == "none" and lazy.fill is None
-    if not plain or lazy.policy.always_on or lazy.policy.limits or lazy.partition.counts:
+    if not plain or lazy.policy.always_on or lazy.policy.limits:
         raise UsageError("only networks as `lazify` makes them are saved: fully connected, not rescaled, nothing "
-                         "filled in, as many groups in each layer, no group always on, no limits")  # fmt: skip
+                         "filled in, no group always on, no limits")  # fmt: skip
     tensors: dict[str, Tensor] = {}
     for owner, layers in (("target", lazy.target.linears), ("policy", lazy.policy.gates)):
         for index, layer in enumerate(layers):
@@ -59,7 +59,7 @@ def _settings(fast: FastLazy) -> dict[str, Any]:
     pool = lazy.policy.pool
     return {
         "activation": "tanh" if isinstance(lazy.mlp.activation, nn.Tanh) else "relu",
-        "groups": lazy.partition.groups,
+        "groups": list(lazy.partition.groups_by_layer),
         "scope": lazy.partition.scope,
         "pool": {"shape": list(pool.shape), "size": pool.size} if pool else None,
         "decision": own,
@@ -105,7 +105,7 @@ def load(path: str | Path) -> FastLazy:
 
 def _check(head: Any) -> None:
     """Raise ValueError where the header is not as `save` writes it."""
-    whole = {"groups": head["groups"], "threads": head["compiled"]["threads"]}
+    whole = {**{f"groups {i}": count for i, count in enumerate(head["groups"])}, "threads": head["compiled"]["threads"]}
     whole |= {f"count {i}": count for i, count in enumerate(head["decision"].get("counts", []))}
     if head["pool"]:
         whole |= {f"side {i}": side for i, side in enumerate([*head["pool"]["shape"], head["pool"]["size"]])}
@@ -125,7 +125,10 @@ def _built(head: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> LazyNetwor
     weights = [tensors[f"target.{index}.weight"] for index in range(layers)]
     hidden = [len(weight) for weight in weights[:-1]]
     target = MLP(weights[0].shape[1], hidden, len(weights[-1]), head["activation"], torch.Generator())
-    partition = Partition(tuple(tensors[f"partition.{i}"] for i in range(len(hidden))), head["groups"], head["scope"])
+    counts, members = head["groups"], tuple(tensors[f"partition.{index}"] for index in range(len(hidden)))
+    if len(counts) != len(hidden):
+        raise ValueError(f"{len(counts)} numbers of groups for {len(hidden)} layers")
+    partition = Partition(members, max(counts), head["scope"], None if len(set(counts)) == 1 else tuple(counts))
     pool = Pool(tuple(head["pool"]["shape"]), head["pool"]["size"]) if head["pool"] else None
     policy = Policy(partition, target.inputs, pool, torch.Generator())
     for owner, own in (("target", target.linears), ("policy", policy.gates)):
@@ -224,7 +227,7 @@ class _Graph:
         assert isinstance(decision, Budget)
         count = self.constant(f"count{gate}", np.array([decision.counts[gate]], np.int64))
         self.nodes.append(_topk(logits, count, gate))
-        depth = self.constant(f"depth{gate}", np.int64(self.lazy.partition.groups))
+        depth = self.constant(f"depth{gate}", np.int64(self.lazy.partition.groups_by_gate[gate]))
         ends = self.constant(f"ends{gate}", np.array([0, 1], np.float32))
         hot = self.then("OneHot", [f"chosen{gate}", depth, ends], f"hot{gate}", axis=-1)
         axes = self.constant(f"axes{gate}", np.array([1], np.int64))

@@ -49,7 +49,7 @@ class Supervised:
         if lazy.policy.always_on:
             raise UsageError("a supervised router needs a policy without an always-on group")
         costs, found = minibatch.under(Budget(self.counts))
-        gates = found.logits.split(self.oracle.partition.groups, dim=1)
+        gates = self.oracle.partition.by_gate(found.logits)
         loss = torch.zeros(())
         for logits, shares, count in zip(gates, self._shares(minibatch.x, found.hidden), self.counts, strict=True):
             loss = loss + self._loss(logits, shares, count)
@@ -61,7 +61,8 @@ class Supervised:
         if self.oracle.scope == "network":
             with torch.no_grad():
                 return [self.oracle.logits(0, x).exp() / len(self.oracle.partition.widths)]
-        return [self.oracle.shares(layer, h.detach()) for layer, h in enumerate(hidden)]
+        counts = self.oracle.partition.groups_by_layer
+        return [self.oracle.shares(layer, h.detach())[:, : counts[layer]] for layer, h in enumerate(hidden)]
 
     def _loss(self, logits: Tensor, shares: Tensor, count: int) -> Tensor:
         if self.kind == "regression":

@@ -18,7 +18,7 @@ from torch.nn.functional import normalize, one_hot
 from condcomp_lib.coactivation import coactivation
 from condcomp_lib.errors import UsageError
 from condcomp_lib.partitioners import check_worth
-from condcomp_lib.partitions import Partition, check_groups
+from condcomp_lib.partitions import Partition, check_counts, check_groups
 from condcomp_lib.targets import MLP
 
 ROUNDS = 20  # of k-means at most; it stops when no neuron changes its group
@@ -122,6 +122,20 @@ def weight_partition(target: MLP, groups: int, generator: torch.Generator, scope
             found = _matched(here.T @ weight @ below, counts)[found]
         membership.append(found)
     return Partition(tuple(membership), groups, scope)
+
+
+def layerwise_partition(features: Sequence[Tensor], groups: Sequence[int], generator: torch.Generator) -> Partition:
+    """Balanced k-means of each layer's neurons by `features` of their own (float, neurons x dimensions), into as many
+    groups as `groups` has for that layer; in scope "layer".
+
+    >>> layerwise_partition([torch.eye(4), torch.eye(2)], (4, 2), torch.Generator()).groups_by_layer
+    (4, 2)
+    """
+    widths, counts = [len(rows) for rows in features], tuple(groups)
+    check_counts(widths, counts, "layer", max(counts, default=0))
+    found = [balanced_kmeans(rows, capacities([len(rows)], count), generator)[0]
+             for rows, count in zip(features, counts, strict=True)]  # fmt: skip
+    return Partition(tuple(found), max(counts), "layer", None if len(set(counts)) == 1 else counts)
 
 
 def _matched(strength: Tensor, counts: Tensor) -> Tensor:

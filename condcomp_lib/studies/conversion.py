@@ -18,7 +18,7 @@ from condcomp_lib.studies.blocks import on_this_machine
 from condcomp_lib.studies.policy_results import no_answers
 from condcomp_lib.training import accuracy, shelf
 
-RECIPE = 1
+RECIPE = 2
 NOTEBOOK = "07_your_own_network"
 NETS: dict[str, dict[str, tuple[int, ...]]] = {
     "quick": {"digits": (127, 93)},
@@ -33,7 +33,9 @@ ACTIVITIES = {"quick": (0.25,), "paper": (0.02, 0.05, 0.1, 0.25, 0.5, 0.8)}
 MAIN = 0.25  # the activity that is repeated with other seeds, and with fine-tuning
 SEEDS = {"quick": 1, "paper": 2}
 SECONDS = 170.0  # for one conversion, all told
-FROZEN, TUNED = "policy only", "fine-tuned"
+LONG = {"svhn": 480.0}  # ... where fine-tuning is not done by then
+THREADS = {"quick": 1, "paper": 2}
+FROZEN, TUNED, LONGER = "policy only", "fine-tuned", "fine-tuned longer"
 NEAR, LEAST, LEAST_TUNED, FASTER = 0.01, 0.95, 0.99, 3.0  # what is promised
 
 
@@ -44,10 +46,12 @@ def specs(profile: str) -> list[RunSpec]:
         rows = [(activity, FROZEN, 0) for activity in ACTIVITIES[profile]]
         rows += [(MAIN, FROZEN, seed) for seed in range(1, SEEDS[profile])]
         rows += [(MAIN, TUNED, seed) for seed in range(SEEDS[profile])] if profile == "paper" else []
+        rows += [(MAIN, LONGER, seed) for seed in range(SEEDS[profile])] if dataset in LONG else []
         for activity, way, seed in rows:
+            seconds = LONG[dataset] if way == LONGER else SECONDS
             settings = {"dataset": dataset, "architecture": "-".join(map(str, hidden)), "learning": LEARNING[dataset],
-                        "activity_asked": activity, "method": way, "seconds": SECONDS, "split": "test",
-                        "target_seed": seed}  # fmt: skip
+                        "activity_asked": activity, "method": way, "seconds": seconds,
+                        "threads": THREADS[profile], "split": "test", "target_seed": seed}  # fmt: skip
             found.append(RunSpec("conversion", RECIPE, settings))
     return found
 
@@ -80,7 +84,7 @@ def learned(settings: Mapping[str, Any], data: Dataset, artefacts: RunStore) -> 
             schedule.step()
         return Outcome({}, {name: value.numpy() for name, value in model.state_dict().items()})
 
-    record = shelf(artefacts, data).obtain(RunSpec("plain-models", RECIPE, own), trained)
+    record = shelf(artefacts, data).obtain(RunSpec("plain-models", 1, own), trained)
     model.load_state_dict({name: torch.from_numpy(value) for name, value in record.arrays().items()})
     return model.eval()
 
@@ -92,13 +96,18 @@ def pictures(split: Split, data: Dataset) -> torch.Tensor:
 
 def compute(spec: RunSpec, artefacts: RunStore) -> Outcome:
     """Train (or fetch) a plain model, convert it with the examples that it has learned from, measure on test data."""
-    settings = spec.settings
+    settings, before = spec.settings, torch.get_num_threads()
     data = studies.dataset(settings["dataset"])
     model, started = learned(settings, data, artefacts), time.perf_counter()
-    given = (pictures(data.train, data), torch.from_numpy(data.train.y))
-    fast = lazify(model, given, settings["activity_asked"], finetune=settings["method"] == TUNED,
-                  seconds=settings["seconds"], seed=settings["target_seed"], progress=False)  # fmt: skip
+    given, test = ((pictures(split, data), torch.from_numpy(split.y)) for split in (data.train, data.test))
+    torch.set_num_threads(settings["threads"])
+    try:
+        fast = lazify(model, given, settings["activity_asked"], finetune=settings["method"] != FROZEN, test=test,
+                      seconds=settings["seconds"], seed=settings["target_seed"], progress=False)  # fmt: skip
+    finally:
+        torch.set_num_threads(before)
     seconds = time.perf_counter() - started
+    # Measured here again, from what users see: the model as it is, and the network's answers.
     scores, mask = fast.evaluate(torch.from_numpy(data.test.x))
     assert fast.report is not None
     with torch.inference_mode():
@@ -131,6 +140,12 @@ def speed(record: Record, batch: int = 1) -> float:
     return found
 
 
+def control(record: Record) -> float:
+    """What the dense net of equal compute keeps of the accuracy, on the same examples."""
+    found: float = record.result["report"]["control"]["ratio"]
+    return found
+
+
 def table(records: Sequence[Record]) -> list[dict[str, Any]]:
     """One row per network, way and activity: what is kept on test data, at which activity, and in which time."""
     return [
@@ -143,10 +158,9 @@ def table(records: Sequence[Record]) -> list[dict[str, Any]]:
             "full accuracy": stats.interval([r.result["target_accuracy"] for r in group]),
             "ratio": stats.interval([r.result["accuracy_ratio"] for r in group]),
             "compute": stats.interval([r.result["compute"] for r in group]),
+            "dense, equal compute": stats.interval([control(r) for r in group]),
             "speed-up, 1": f"{min(speed(r) for r in group):.1f}",
             "speed-up, 128": f"{min(speed(r, 128) for r in group):.1f}",
-            "held back: lazy": stats.interval([r.result["report"]["ratio"]["estimate"] for r in group]),
-            "dense, equal compute": stats.interval([r.result["report"]["control"]["ratio"] for r in group]),
             "seconds": f"{max(r.result['conversion_seconds'] for r in group):.0f}",
             "seeds": len(group),
         }
@@ -155,12 +169,13 @@ def table(records: Sequence[Record]) -> list[dict[str, Any]]:
 
 
 def fronts(records: Sequence[Record]) -> dict[str, np.ndarray]:
-    """For the figure: activity, accuracy ratio, speed-up of one example and of 128 (runs x 4), by network and way."""
+    """For the figure: activity, accuracy ratio, speed-up of one example and of 128, and the accuracy ratio of the dense
+    net of equal compute (runs x 5), by network and way."""
     found: dict[str, list[tuple[float, ...]]] = {}
     for record in records:
         name = f"{record.spec.settings['dataset']}, {record.spec.settings['method']}"
         own = (record.result["activity"], record.result["accuracy_ratio"], speed(record), speed(record, 128))
-        found.setdefault(name, []).append(own)
+        found.setdefault(name, []).append((*own, control(record)))
     return {name: np.array(rows) for name, rows in found.items()}
 
 
@@ -172,7 +187,8 @@ def finding(records: Sequence[Record]) -> str:
             lines.append(f"- **{row['data']}, {row['network']}, {row['way']}**: {row['found, %']}% of the neurons keep "
                          f"{row['ratio'].format(3)} of the accuracy at {row['compute'].format(2)} of the compute, "
                          f"{row['speed-up, 1']} times as fast one at a time and {row['speed-up, 128']} times in "
-                         f"minibatches of 128; the conversion took {row['seconds']} s.")  # fmt: skip
+                         f"minibatches of 128; a dense net of equal compute keeps "
+                         f"{row['dense, equal compute'].format(3)}. Conversion: {row['seconds']} s.")  # fmt: skip
     return "\n".join(lines)
 
 
@@ -193,8 +209,11 @@ def claims(records: Sequence[Record]) -> list[Claim]:
             continue
         name, id = f"{dataset}, {way}, {100 * asked:g}%", f"conversion.{dataset}.{way.replace(' ', '-')}"
         ratio = stats.interval([r.result["accuracy_ratio"] for r in group])
-        least = LEAST_TUNED if way == TUNED else LEAST
+        least = LEAST if way == FROZEN else LEAST_TUNED
         found.append(judge(f"{id}.ratio", "ours", f"{name}: keeps {least:g} of the accuracy", ratio, above=least))
+        more = stats.interval([r.result["accuracy_ratio"] - control(r) for r in group])
+        found.append(judge(f"{id}.control", "ours", f"{name}: keeps more than a dense net of equal compute", more,
+                           above=0.0))  # fmt: skip
         fast = stats.interval([speed(r) for r in group])
         statement = f"{name}, batch 1: {FASTER:g} times as fast as the fastest dense engine"
         found.append(judge(f"{id}.speed", "ours", statement, fast, above=FASTER))
