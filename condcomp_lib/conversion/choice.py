@@ -43,6 +43,9 @@ SMALLEST_MOVED = 16  # pixels a side
 CLOSE = 0.005  # how far a budget's activity may lie from what is asked
 
 
+Phase = tuple[str, dict[str, Any], float, int]  # title, settings, share of the time that is left, epochs at most
+
+
 @dataclass(frozen=True)
 class Chosen:
     """A lazy network, the share of each layer that it is to evaluate, and what else was chosen on the way."""
@@ -189,26 +192,36 @@ def trained(
         return Chosen(decided_by(chosen.lazy, Budget(every)), chosen.rates, told)
     chosen = _best(candidates, target, examples, seconds, epochs, seed)
     seconds -= time.perf_counter() - started
-    lazy, data = chosen.lazy, examples.data
+    lazy = chosen.lazy
     if finetune:
         lazy = LazyNetwork(copy.deepcopy(lazy.target), lazy.partition, lazy.policy, lazy.decision)
-    done, ended, shuffling = 0, "", torch.Generator().manual_seed(seed)
-    first, wanted = None, None
-    for title, settings, share, most in _phases(chosen, examples, finetune, moved):
-        started = time.perf_counter()
-        training = _made(lazy, examples, settings, shuffling, first, wanted)
-        most = max(most, STEPS * most // (LATER * -(-len(data.train) // settings["batch"])))
-        asked = None if epochs is None else min(epochs, WARM) if settings["estimator"] == "cross-entropy" else epochs
-        planned = _planned(training, settings, len(data.train), seconds * share, asked, most)
-        training = _made(lazy, examples, {**settings, **planned}, shuffling, training.first, training.known)
-        training.run(title if progress else None)
-        seconds -= time.perf_counter() - started
-        first, wanted, done = (training.first if not finetune else None), training.known, done + planned["epochs"]
-        ended = "epochs" if planned["epochs"] in (asked, most) else "seconds"
+    phases = _phases(chosen, examples, finetune, moved)
+    done, ended = _run(lazy, examples, phases, seconds, epochs, seed, progress)
     name, decided = _decided(lazy, target, examples, chosen.rates)
     told = {"decision": name, "epochs": done, "ended": ended, "finetuned": finetune,
             "moved": moved if finetune else 0}  # fmt: skip
     return Chosen(decided, chosen.rates, {**chosen.told, **told})
+
+
+def _run(
+    lazy: LazyNetwork, examples: Examples, phases: Sequence[Phase], seconds: float, epochs: int | None, seed: int,
+    progress: bool,
+) -> tuple[int, str]:  # fmt: skip
+    """Train `lazy` in place, one phase after the other: the epochs of all of them, and what ended the last one."""
+    done, ended, shuffling = 0, "", torch.Generator().manual_seed(seed)
+    first, known, size = None, None, len(examples.data.train)
+    for title, settings, share, most in phases:
+        started = time.perf_counter()
+        training = _made(lazy, examples, settings, shuffling, first, known)
+        most = max(most, STEPS * most // (LATER * -(-size // settings["batch"])))
+        asked = None if epochs is None else min(epochs, WARM) if settings["estimator"] == "cross-entropy" else epochs
+        planned = _planned(training, settings, size, seconds * share, asked, most)
+        training = _made(lazy, examples, {**settings, **planned}, shuffling, training.first, training.known)
+        training.run(title if progress else None)
+        seconds -= time.perf_counter() - started
+        first, known, done = training.first, training.known, done + planned["epochs"]
+        ended = "epochs" if planned["epochs"] in (asked, most) else "seconds"
+    return done, ended
 
 
 def _best(
@@ -249,8 +262,8 @@ def pixels(examples: Examples, moved: int | None) -> int:
 
 def _phases(
     chosen: Chosen, examples: Examples, finetune: bool = False, moved: int = 0
-) -> list[tuple[str, dict[str, Any], float, int]]:
-    """What is trained one after the other: title, settings, share of the time that is left, and epochs at most."""
+) -> list[Phase]:  # fmt: skip
+    """What is trained one after the other."""
     data, labelled = examples.data, examples.labelled
     common = {"tau": _tau(chosen), "rates": chosen.rates, "sparsity": "rate", "lambda_s": 1.0, "learning_rate": RATE,
               "distil": 0.25 if labelled else 1.0, "labels": float(labelled),
