@@ -196,7 +196,7 @@ def audit(
         raise CondcompError(f"an audit needs at least one run: sample {sample} of {len(known)} stored")
     rows = []
     for record in tqdm(random.Random(seed).sample(known, min(sample, len(known))), unit="run", desc="audit"):
-        with _torch_threads(record.provenance.get("threads") or 1):
+        with torch_threads(record.provenance.get("threads") or 1):
             outcome = compute(record.spec)
         same = (outcome.data or {}).get("checksum") == record.provenance.get("data_checksum")
         for field, allowed in tolerance(record).items():
@@ -217,7 +217,7 @@ def _one(store: RunStore, spec: RunSpec, compute: Compute, threads: int, wait: b
     try:
         if store.made_by and store.made_by["code"] != environment()["code"]:
             return spec.name, False, "the code changed while the sweep ran: start it again", True
-        with _torch_threads(threads):
+        with torch_threads(threads):
             return spec.name, store.try_obtain(spec, compute, wait=wait) is not None, "", False
     except CondcompError as error:
         return spec.name, False, str(error), error.fatal
@@ -233,7 +233,8 @@ def _must(store: RunStore, spec: RunSpec) -> Record:
 
 
 @contextlib.contextmanager
-def _torch_threads(threads: int) -> Iterator[None]:
+def torch_threads(threads: int) -> Iterator[None]:
+    """So many threads of torch inside, as many as before after it."""
     torch = sys.modules.get("torch")  # a study that uses torch has imported it by the time its function is here
     if torch is None:
         yield

@@ -17,7 +17,6 @@ from condcomp_lib.partitioners.clustering import (
     assigned,
     balanced_kmeans,
     capacities,
-    layerwise_partition,
     spectral_partition,
     weight_partition,
 )
@@ -94,18 +93,30 @@ def test_capacities_are_even_in_every_layer_and_in_scope_network_in_total(widths
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=3), seeds, st.data())
 def test_each_layer_has_its_own_number_of_groups_evenly_filled(widths, seed, data):
     counts = [data.draw(st.integers(1, width)) for width in widths]
-    features = [torch.randn(width, 3, generator=seeded(seed)) for width in widths]
-    found = layerwise_partition(features, counts, seeded(seed))
-    assert found.scope == "layer"
-    assert list(found.groups_by_layer) == counts
-    for groups, width, count in zip(found.membership, widths, counts, strict=True):
-        assert torch.equal(torch.bincount(groups).sort().values, capacities([width], count)[0].sort().values)
+    patterns = torch.rand(9, sum(widths), generator=seeded(seed)) < 0.5
+
+    def proposed(kind, groups):
+        if kind == "weights":
+            return weight_partition(MLP(6, widths, 3, generator=seeded(5)), groups, seeded(seed), "layer")
+        return activation_partition(patterns, widths, groups, seeded(seed), "layer")
+
+    for kind in ("activation", "weights"):
+        found = proposed(kind, counts)
+        assert found.scope == "layer"
+        assert list(found.groups_by_layer) == counts
+        for groups, width, count in zip(found.membership, widths, counts, strict=True):
+            assert torch.equal(torch.bincount(groups), capacities([width], count)[0])
+        if len(set(counts)) == 1:  # as with one number for all
+            same = proposed(kind, counts[0])
+            assert all(torch.equal(*pair) for pair in zip(found.membership, same.membership, strict=True))
 
 
 @pytest.mark.parametrize("counts", [(2,), (2, 9), (0, 2)])
 def test_numbers_of_groups_that_do_not_fit_the_layers_are_refused(counts):
     with pytest.raises(UsageError, match="groups"):
-        layerwise_partition([torch.randn(5, 3), torch.randn(4, 3)], counts, seeded())
+        activation_partition(torch.ones(3, 9) > 0, [5, 4], counts, seeded(), "layer")
+    with pytest.raises(UsageError, match="groups"):
+        weight_partition(MLP(6, [5, 4], 3), counts, seeded(), "layer")
 
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=4).filter(lambda sizes: 1 <= sum(sizes) <= 6), seeds)

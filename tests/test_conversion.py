@@ -276,8 +276,8 @@ def test_outputs_of_moved_pictures_are_weighed_by_their_variance():
     examples = collect(net, read(net), x, 0, scores=False)
     chosen = choice.prepared(read(net).target, examples, 0.4, None, 0)[0]
     draws, settings = torch.Generator(), [phase[1] for phase in choice._phases(chosen, examples, True, 2)]
-    first = choice._made(chosen.lazy, examples, settings[0], draws, None, None)
-    second = choice._made(chosen.lazy, examples, settings[1], draws, None, first.known)
+    first = choice._made(chosen.lazy, examples, settings[0], draws, None)
+    second = choice._made(chosen.lazy, examples, settings[1], draws, first)
     assert second.wanted is None
     wanted = first.known.var(correction=0).item()
     assert first.scale == second.scale == pytest.approx(wanted)

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import mse_loss, normalize
+from torch.nn.functional import mse_loss
 
 from condcomp_lib.coactivation import firing_patterns
 from condcomp_lib.conversion.examples import Examples
 from condcomp_lib.errors import UsageError
 from condcomp_lib.lazy import Evaluation, LazyNetwork, calibrated, decided_by, evaluate
 from condcomp_lib.oracle import Oracle
-from condcomp_lib.partitioners.clustering import layerwise_partition
+from condcomp_lib.partitioners.clustering import activation_partition, weight_partition
 from condcomp_lib.partitions import Partition
 from condcomp_lib.policies import Budget, Policy, Pool, Sample, spread_over
 from condcomp_lib.policy_training import PolicyTraining, policy_plan, scores_of
@@ -26,17 +26,17 @@ from condcomp_lib.training import CACHE_BYTES
 
 POLICY_SHARE = 0.06  # of the target's multiply-adds that the policy may take
 LEAST_GROUPS, MOST_GROUPS = 25, 160  # groups of each layer, whatever they cost
-SIZES = 16, 8  # neurons of a group: kernels take so many at once, and fewer cost no less; ...
-LEAST_PICKED = 5  # ... the larger where at least so many groups of a layer are evaluated
+SIZES = 16, 8  # neurons of a group: kernels take so many at once, and fewer of them cost no less
+LEAST_PICKED = 5  # groups of a layer that are evaluated, if groups are to be of the larger size
 NARROWEST = 4  # neurons of a group in narrow layers
-POOLED = 256, 1024  # numbers of a picture that the first gate reads at most: the more, the more is asked for, if ...
-GATE_SHARE = 0.2  # ... they take no more than this share of the multiply-adds asked for
+GATE_SHARE = 0.2  # of the multiply-adds asked for that the first gate may take, within the bounds of ...
+POOLED = 256, 1024  # ... how many numbers of a picture it reads at most
 JUDGED = 1000  # examples on which an oracle judges what is to be chosen
 SPREADS = (0.0, 0.3, -0.3)  # how much more of the first hidden layer than of the last is evaluated
 ALIKE = 0.05  # two spreads that differ by less than this share of each layer's are one
 FIRING = 0.5  # ... or shares in proportion to this power of how often a layer fires
-WARM, LATER, TUNED = 2, 20, 40  # epochs at most: after the oracle, then by the model's own answers, there with weights
-STEPS = 3000  # ... and more of them, up to so many steps, where examples are few
+WARM, LATER, TUNED = 2, 20, 40  # epochs at most: after the oracle; then by right answers; then if weights learn, too
+STEPS = 3000  # ... where examples are few more of them, so that LATER is at least so many steps
 RATE, TUNING_RATE = 4e-3, 1e-3
 TRIED, TRIAL_SHARE = 8000, 0.15  # examples that each spread is tried on, and share of the time for all of them
 SMALLEST_MOVED = 16  # pixels a side
@@ -148,11 +148,10 @@ def _factors(target: MLP, x: Tensor) -> list[list[float]]:
 def _partitions(target: MLP, examples: Examples, counts: Sequence[int], seed: int) -> dict[str, Partition]:
     draws = torch.Generator().manual_seed(seed)
     patterns = firing_patterns(target, torch.from_numpy(examples.data.train.x[:4000]))
-    features = {
-        "coactivation": [normalize(part.T.float()) for part in patterns.split(list(target.hidden), 1)],
-        "k-means": [normalize(layer.weight) for layer in target.linears[:-1]],
+    return {
+        "coactivation": activation_partition(patterns, target.hidden, counts, draws, "layer"),
+        "k-means": weight_partition(target, counts, draws, "layer"),
     }
-    return {name: layerwise_partition(own, counts, draws) for name, own in features.items()}
 
 
 class _Training(PolicyTraining):
@@ -170,6 +169,11 @@ class _Training(PolicyTraining):
     def a_step(self, batch: int) -> Callable[[], Tensor]:
         """The loss of one minibatch, to see how long it takes."""
         return lambda: self.loss(torch.arange(batch))
+
+    def follow(self, planned: dict[str, Any], title: str | None = None) -> None:
+        """Train for as long as it has been planned, in the words of `fitting.plan`, with a bar of this title."""
+        self.settings = {**self.settings, **planned}
+        self.run(title)
 
 
 def trained(
@@ -209,18 +213,17 @@ def _run(
 ) -> tuple[int, str]:  # fmt: skip
     """Train `lazy` in place, one phase after the other: the epochs of all of them, and what ended the last one."""
     done, ended, shuffling = 0, "", torch.Generator().manual_seed(seed)
-    first, known, size = None, None, len(examples.data.train)
+    training, size = None, len(examples.data.train)
     for title, settings, share, most in phases:
         started = time.perf_counter()
-        training = _made(lazy, examples, settings, shuffling, first, known)
+        training = _made(lazy, examples, settings, shuffling, training)
         most = max(most, STEPS * most // (LATER * -(-size // settings["batch"])))
         asked = None if epochs is None else min(epochs, WARM) if settings["estimator"] == "cross-entropy" else epochs
-        planned = _planned(training, settings, size, seconds * share, asked, most)
-        training = _made(lazy, examples, {**settings, **planned}, shuffling, training.first, training.known)
-        training.run(title if progress else None)
+        planned = _planned(training, settings["batch"], size, seconds * share, asked, most)
+        training.follow(planned, title if progress else None)
         seconds -= time.perf_counter() - started
-        first, known, done = training.first, training.known, done + planned["epochs"]
-        ended = "epochs" if planned["epochs"] in (asked, most) else "seconds"
+        done += planned["max_epochs"]
+        ended = "epochs" if planned["max_epochs"] in (asked, most) else "seconds"
     return done, ended
 
 
@@ -231,19 +234,16 @@ def _best(
     loss is the square in the outputs, which tells policies that have learned little apart better than accuracy does."""
     if len(candidates) == 1:
         return candidates[0]
-    x, lost = torch.from_numpy(examples.data.valid.x), []
-    wanted, first, known = scores_of(target, x), None, None
+    x, lost, training = torch.from_numpy(examples.data.valid.x), [], None
+    wanted, each = scores_of(target, x), seconds * TRIAL_SHARE / (2 * len(candidates))
     for chosen in candidates:
         draws = torch.Generator().manual_seed(seed)
         for _, settings, _, _ in _phases(chosen, examples):
-            training = _made(chosen.lazy, examples, settings, draws, first, known)
+            training = _made(chosen.lazy, examples, settings, draws, training)
             steps = max(1, min(TRIED, len(examples.data.train)) // settings["batch"])
             if epochs is None:
-                each = seconds * TRIAL_SHARE / (2 * len(candidates))
                 steps = min(steps, affordable(training.a_step(settings["batch"]), each))
-            first, known = training.first, training.known
-            brief = {**settings, "epochs": 1, "epoch_examples": steps * settings["batch"]}
-            _made(chosen.lazy, examples, brief, draws, first, known).run(None)
+            training.follow({"max_epochs": 1, "epoch_examples": steps * settings["batch"]})
         decided = calibrated(chosen.lazy, x, chosen.rates)
         lost.append(mse_loss(evaluate(decided, x).scores, wanted).item())
     return candidates[int(np.argmin(lost))]
@@ -284,12 +284,13 @@ def _tau(chosen: Chosen) -> float:
 
 
 def _made(
-    lazy: LazyNetwork, examples: Examples, settings: dict[str, Any], draws: torch.Generator, first: Tensor | None,
-    wanted: Tensor | None,
-) -> _Training:  # fmt: skip
-    training = _Training(lazy, examples.data, policy_plan(**settings), draws, first, wanted, CACHE_BYTES)
+    lazy: LazyNetwork, examples: Examples, settings: dict[str, Any], draws: torch.Generator, before: _Training | None
+) -> _Training:
+    """A training with these settings, which takes over what the one `before` has computed of the same model."""
+    first, known = (before.first, before.known) if before else (None, None)
+    training = _Training(lazy, examples.data, policy_plan(**settings), draws, first, known, CACHE_BYTES)
     training.scores = examples.scores
-    training.known = wanted if training.wanted is None else training.wanted
+    training.known = known if training.wanted is None else training.wanted
     if not examples.scores and training.known is not None:
         training.scale = max(training.known.var(correction=0).item(), 1e-12)
     return training
@@ -306,16 +307,15 @@ def affordable(step: Callable[[], Tensor], seconds: float) -> int:
 
 
 def _planned(
-    training: _Training, settings: dict[str, Any], examples: int, seconds: float, epochs: int | None, most: int
+    training: _Training, batch: int, examples: int, seconds: float, epochs: int | None, most: int
 ) -> dict[str, Any]:
     """How many epochs, of how many examples, fit into a time; as many as asked for where that is given."""
     if epochs is not None:
-        return {"epochs": epochs}
-    steps = affordable(training.a_step(settings["batch"]), seconds)
-    whole = math.ceil(examples / settings["batch"])
+        return {"max_epochs": epochs}
+    steps, whole = affordable(training.a_step(batch), seconds), math.ceil(examples / batch)
     if steps >= whole:
-        return {"epochs": min(most, steps // whole)}
-    return {"epochs": 1, "epoch_examples": steps * settings["batch"]}
+        return {"max_epochs": min(most, steps // whole)}
+    return {"max_epochs": 1, "epoch_examples": steps * batch}
 
 
 def _decided(lazy: LazyNetwork, target: MLP, examples: Examples, rates: list[float]) -> tuple[str, LazyNetwork]:

@@ -22,8 +22,9 @@ CALLS: dict[Any, str] = {
     "flatten": "", "view": "", "reshape": "", "size": "", getattr: "",
 }  # fmt: skip
 CLAMPS = (torch.clamp, torch.clamp_min, torch.clip, "clamp", "clamp_", "clamp_min", "clip")  # a ReLU where from zero
-PROBABILITIES = (nn.Softmax, nn.LogSoftmax, nn.Sigmoid, functional.softmax, functional.log_softmax, torch.softmax,
-                 torch.log_softmax, torch.sigmoid, "softmax", "log_softmax", "sigmoid")  # fmt: skip
+PROBABILITY_LAYERS = (nn.Softmax, nn.LogSoftmax, nn.Sigmoid)
+PROBABILITIES = (functional.softmax, functional.log_softmax, torch.softmax, torch.log_softmax, torch.sigmoid, "softmax",
+                 "log_softmax", "sigmoid")  # fmt: skip
 SCORES = "convert the network up to its scores, and apply it to what the lazy network gives"
 
 
@@ -78,7 +79,7 @@ def _chain(place: nn.Module) -> list[tuple[str, Any]]:
             found.append((name, "relu" if isinstance(layer, nn.ReLU) else "tanh"))
         elif not isinstance(layer, KEPT_AS_IT_IS):
             last = index == len(steps) - 1
-            after = SCORES if last and isinstance(layer, PROBABILITIES[:3]) else f"supported are {SUPPORTED}"
+            after = SCORES if last and isinstance(layer, PROBABILITY_LAYERS) else f"supported are {SUPPORTED}"
             raise UsageError(f"layer {name!r} is {layer}, which is not supported; {after}")
     return found
 
@@ -100,6 +101,7 @@ def _traced(place: nn.Module) -> list[tuple[str, Any]]:
     layers, last = dict(place.named_modules()), None
     found: list[tuple[str, Any]] = []
     for node in graph.nodes:
+        called = node.op in ("call_function", "call_method") and node.args[:1] == (last,)
         if node.op == "placeholder" and last is None:
             last = node
         elif node.op == "output" and node.args[0] is last:
@@ -108,12 +110,12 @@ def _traced(place: nn.Module) -> list[tuple[str, Any]]:
             name, layer = str(node.target), layers[str(node.target)]
             found += _flat(layer, f"{name}.") if isinstance(layer, nn.Sequential) else [(name, layer)]
             last = node
-        elif node.op in ("call_function", "call_method") and node.target in CALLS and node.args[:1] == (last,):
+        elif called and node.target in CALLS:
             if node.target in ("size", getattr):
                 continue  # asked for the sake of a view
             found += [(node.name, CALLS[node.target])] if CALLS[node.target] else []
             last = node
-        elif node.target in CLAMPS and node.args[:1] == (last,) and _from_zero(node):
+        elif called and node.target in CLAMPS and _from_zero(node):
             found += [(node.name, "relu")]
             last = node
         elif node.target is operator.getitem and getattr(node.args[0], "target", None) in ("size", getattr):

@@ -190,11 +190,11 @@ def advice(found: Mapping[str, Any]) -> list[str]:
         return [*told, "the full network gives nothing that could be kept on these examples: look at their labels"]
     if ratio >= GOOD:
         return told or ["nothing is lost at this activity: ask for less"]
-    return [*told, *_to_keep_more(found, rungs, ratio)]
+    return [*told, *_to_keep_more(found, ratio)]
 
 
-def _to_keep_more(found: Mapping[str, Any], rungs: Mapping[str, float], ratio: float) -> list[str]:
-    chosen, learned = found["chosen"], rungs["learned"]
+def _to_keep_more(found: Mapping[str, Any], ratio: float) -> list[str]:
+    chosen, rungs, learned = found["chosen"], found["ladder"], found["ladder"]["learned"]
     tuned, longer = chosen["finetuned"], "more seconds" if chosen["ended"] == "seconds" else "more epochs"
     told = [] if tuned else ["finetune=True, which trains a copy of the weights, too"]
     if rungs["oracle, groups"] > learned + 0.02:
@@ -220,13 +220,10 @@ def rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("ratio", f"{_told(ratio['estimate'])}{interval}"),
         ("activity", f"{100 * activity['found']:.1f}% (asked: {100 * activity['asked']:g}%)"),
         ("activity by layer", " / ".join(f"{100 * share:.0f}%" for share in activity["by_layer"])),
-        *(
-            [("pictures that weights learned from", f"moved by up to {moved} pixel{'s' * (moved > 1)}")]
-            if moved
-            else []
-        ),
         ("compute, policy included", f"{100 * report['compute']:.1f}% of the multiply-adds"),
     ]
+    if moved:
+        found.append(("pictures that weights learned from", f"moved by up to {moved} pixel{'s' * (moved > 1)}"))
     for batch in map(str, BATCHES):
         own = report["latency"][batch]
         found.append((f"time, {batch} example{'s' * (batch != '1')}",

@@ -128,7 +128,7 @@ def _built(head: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> LazyNetwor
     counts, members = head["groups"], tuple(tensors[f"partition.{index}"] for index in range(len(hidden)))
     if len(counts) != len(hidden):
         raise ValueError(f"{len(counts)} numbers of groups for {len(hidden)} layers")
-    partition = Partition(members, max(counts), head["scope"], None if len(set(counts)) == 1 else tuple(counts))
+    partition = Partition(members, max(counts), head["scope"], tuple(counts) if head["scope"] == "layer" else None)
     pool = Pool(tuple(head["pool"]["shape"]), head["pool"]["size"]) if head["pool"] else None
     policy = Policy(partition, target.inputs, pool, torch.Generator())
     for owner, own in (("target", target.linears), ("policy", policy.gates)):

@@ -43,12 +43,16 @@ class Fixed:
         return self.partition
 
 
-def capacities(widths: Sequence[int], groups: int, scope: str = "network") -> list[Tensor]:
-    """How many neurons of each layer every group gets (int64, groups): evenly, in scope "network" even in total too.
+def capacities(widths: Sequence[int], groups: int | Sequence[int], scope: str = "network") -> list[Tensor]:
+    """How many neurons of each layer every group gets (int64, groups): evenly, in scope "network" even in total too. In
+    scope "layer" `groups` may be a number for each layer.
 
     >>> capacities([4, 5], 3)
     [tensor([2, 1, 1]), tensor([1, 2, 2])]
     """
+    if not isinstance(groups, int):
+        check_counts(widths, groups, scope, max(groups, default=0))
+        return [capacities([width], count)[0] for width, count in zip(widths, groups, strict=True)]
     check_groups(widths, groups, scope)
     found, start = [], 0
     for width in widths:
@@ -99,15 +103,18 @@ def _spread(features: Tensor, count: int, generator: torch.Generator) -> Tensor:
     return features[chosen]
 
 
-def weight_partition(target: MLP, groups: int, generator: torch.Generator, scope: str = "network") -> Partition:
-    """Balanced k-means on incoming weights of length one, layer by layer (MoEfication's split).
+def weight_partition(
+    target: MLP, groups: int | Sequence[int], generator: torch.Generator, scope: str = "network"
+) -> Partition:
+    """Balanced k-means on incoming weights of length one, layer by layer (MoEfication's split). In scope "layer"
+    `groups` may be a number for each layer.
 
     In scope "network" the clusters of a layer are then matched with those below so that the summed weight of the
     connections inside groups is greatest, for positive ones make neurons fire together; incoming weights of different
     layers have no common space to be clustered in.
     """
     capacity = capacities(target.hidden, groups, scope)
-    if groups > min(target.hidden):
+    if isinstance(groups, int) and groups > min(target.hidden):
         raise UsageError(f"clusters of weights are made layer by layer: groups must be at most the "
                          f"{min(target.hidden)} neurons of the smallest layer, not {groups}")  # fmt: skip
     for name, parameter in target.named_parameters():
@@ -118,24 +125,17 @@ def weight_partition(target: MLP, groups: int, generator: torch.Generator, scope
         weight = layer.weight.detach()
         found = balanced_kmeans(normalize(weight), [counts], generator)[0]
         if membership and scope == "network":
-            below, here = (one_hot(m, groups).to(weight.dtype) for m in (membership[-1], found))
+            below, here = (one_hot(m, len(counts)).to(weight.dtype) for m in (membership[-1], found))
             found = _matched(here.T @ weight @ below, counts)[found]
         membership.append(found)
-    return Partition(tuple(membership), groups, scope)
+    return _cut(membership, groups, scope)
 
 
-def layerwise_partition(features: Sequence[Tensor], groups: Sequence[int], generator: torch.Generator) -> Partition:
-    """Balanced k-means of each layer's neurons by `features` of their own (float, neurons x dimensions), into as many
-    groups as `groups` has for that layer; in scope "layer".
-
-    >>> layerwise_partition([torch.eye(4), torch.eye(2)], (4, 2), torch.Generator()).groups_by_layer
-    (4, 2)
-    """
-    widths, counts = [len(rows) for rows in features], tuple(groups)
-    check_counts(widths, counts, "layer", max(counts, default=0))
-    found = [balanced_kmeans(rows, capacities([len(rows)], count), generator)[0]
-             for rows, count in zip(features, counts, strict=True)]  # fmt: skip
-    return Partition(tuple(found), max(counts), "layer", None if len(set(counts)) == 1 else counts)
+def _cut(membership: Sequence[Tensor], groups: int | Sequence[int], scope: str) -> Partition:
+    """The partition with as many groups in every layer, or with a number for each."""
+    if isinstance(groups, int):
+        return Partition(tuple(membership), groups, scope)
+    return Partition(tuple(membership), max(groups), scope, tuple(groups))
 
 
 def _matched(strength: Tensor, counts: Tensor) -> Tensor:
@@ -150,11 +150,16 @@ def _matched(strength: Tensor, counts: Tensor) -> Tensor:
 
 
 def activation_partition(
-    patterns: Tensor, widths: Sequence[int], groups: int, generator: torch.Generator, scope: str = "network"
+    patterns: Tensor,
+    widths: Sequence[int],
+    groups: int | Sequence[int],
+    generator: torch.Generator,
+    scope: str = "network",
 ) -> Partition:
     """The coactivation split: balanced k-means on the neurons' firing patterns, scaled to length one.
 
-    In scope "network" all layers are clustered together, since their patterns are over the same examples.
+    In scope "network" all layers are clustered together, since their patterns are over the same examples; in scope
+    "layer" `groups` may be a number for each layer.
 
     Arguments: `patterns` (bool, examples x neurons of all layers), as from `coactivation.firing_patterns`. A neuron
     that never fires is equally far from all centres and fills a place that is left.
@@ -210,11 +215,11 @@ def always_on_partition(
 
 
 def _clustered(
-    features: Tensor, widths: Sequence[int], groups: int, generator: torch.Generator, scope: str
+    features: Tensor, widths: Sequence[int], groups: int | Sequence[int], generator: torch.Generator, scope: str
 ) -> Partition:
     rows = list(torch.arange(sum(widths)).split(list(widths)))
     found = _by_scope(features, rows, capacities(widths, groups, scope), generator, scope)
-    return Partition(tuple(found), groups, scope)
+    return _cut(found, groups, scope)
 
 
 def _by_scope(

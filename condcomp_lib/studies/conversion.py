@@ -16,6 +16,7 @@ from condcomp_lib.datasets import Dataset, Split
 from condcomp_lib.runs import Outcome, Record, RunSpec, RunStore
 from condcomp_lib.studies.blocks import on_this_machine
 from condcomp_lib.studies.policy_results import no_answers
+from condcomp_lib.sweep import torch_threads
 from condcomp_lib.training import accuracy, shelf
 
 RECIPE = 2
@@ -96,16 +97,13 @@ def pictures(split: Split, data: Dataset) -> torch.Tensor:
 
 def compute(spec: RunSpec, artefacts: RunStore) -> Outcome:
     """Train (or fetch) a plain model, convert it with the examples that it has learned from, measure on test data."""
-    settings, before = spec.settings, torch.get_num_threads()
+    settings = spec.settings
     data = studies.dataset(settings["dataset"])
     model, started = learned(settings, data, artefacts), time.perf_counter()
     given, test = ((pictures(split, data), torch.from_numpy(split.y)) for split in (data.train, data.test))
-    torch.set_num_threads(settings["threads"])
-    try:
+    with torch_threads(settings["threads"]):
         fast = lazify(model, given, settings["activity_asked"], finetune=settings["method"] != FROZEN, test=test,
                       seconds=settings["seconds"], seed=settings["target_seed"], progress=False)  # fmt: skip
-    finally:
-        torch.set_num_threads(before)
     seconds = time.perf_counter() - started
     # Measured here again, from what users see: the model as it is, and the network's answers.
     scores, mask = fast.evaluate(torch.from_numpy(data.test.x))
