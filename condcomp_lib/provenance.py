@@ -60,7 +60,7 @@ def _code_digest() -> str:
 
 
 def _git(*arguments: str) -> str | None:
-    command = ["git", *arguments]
+    command = ["git", "--no-optional-locks", *arguments]  # a worker that is killed must not leave the index locked
     try:
         done = subprocess.run(command, cwd=paths.root(), capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError, CondcompError):

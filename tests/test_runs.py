@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from condcomp_lib import files, runs, studies
 from condcomp_lib.files import SpecError, StoreError
+from condcomp_lib.provenance import environment
 from condcomp_lib.runs import CorruptRecord, Outcome, RunSpec, RunStore
 
 PLAIN = st.recursive(
@@ -263,3 +264,17 @@ def test_every_run_of_a_studys_table_is_another_one(name, profile):
     names = [spec.name for spec in studies.get(name).specs(profile)]
     assert names
     assert len(set(names)) == len(names)
+
+
+def test_looking_up_the_commit_leaves_the_repository_alone(tmp_path, monkeypatch):
+    """A worker killed while it looks must not leave a lock behind; git writes the index anew unless told not to."""
+    (tmp_path / "condcomp_lib").mkdir()
+    kept, index = tmp_path / "condcomp_lib" / "kept.py", tmp_path / ".git" / "index"
+    kept.write_text("1")
+    for arguments in ("init -q", "add .", "-c user.name=a -c user.email=a@b commit -qm kept"):
+        subprocess.run(["git", *arguments.split()], cwd=tmp_path, check=True)
+    os.utime(kept, (0, 0))  # which git takes for a change until it has looked into the file
+    monkeypatch.setattr("condcomp_lib.paths.root", lambda: tmp_path)
+    before = index.read_bytes()
+    assert environment.__wrapped__()["dirty"] is False
+    assert index.read_bytes() == before
