@@ -6,12 +6,13 @@ most the runs in progress, and starting it again computes only what is missing.
 
 import concurrent.futures
 import contextlib
+import functools
 import importlib
 import math
 import random
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +27,15 @@ from condcomp_lib.runs import Outcome, Record, RunSpec, RunStore
 
 CONNECT_SECONDS = 10  # in which a Dask scheduler must answer
 
+KILLED = (
+    "a worker process was killed, perhaps for want of memory; finished runs are stored: start again, with fewer jobs "
+    "if memory is short"
+)
+
 Compute = Callable[[RunSpec], Outcome]
+Answer = tuple[str, bool, str, bool]  # a run's name, whether it is stored, what failed, whether others are pointless
+Answers = Generator[Answer, None, None]
+Run = Callable[[RunSpec], Answer]
 Tolerance = Callable[[Record], Mapping[str, Any]]
 
 
@@ -49,8 +58,9 @@ def sweep(
 
     Arguments: `compute` is a module-level function (workers import it); `jobs` the number of workers (None: one per
     core); `threads` the torch threads of each worker, one by default because results depend on it; `backend` any name
-    joblib knows but "threading" ("loky": processes; "sequential"; "dask" once dask.distributed has a client, or with
-    the address of a `scheduler`, "tcp://...", whose workers share the store's folder).
+    joblib knows but "threading" ("loky": processes; "sequential"), or "dask" once dask.distributed has a client, or
+    with the address of a `scheduler`, "tcp://...": all workers of that cluster, which may come and go meanwhile, have
+    one thread each and share the store's folder.
     Raises SweepError after all other runs have finished when some failed, and at once where going on is pointless (no
     data, no room, changed code); UsageError for an unknown backend.
 
@@ -148,21 +158,50 @@ def _pass(
     """Run what can be run; yields (name, whether it is stored, failure). Raises when going on is pointless."""
     if not specs:
         return
+    run = functools.partial(_one, store, compute=compute, threads=threads, wait=wait)
+    answers = _on_cluster(run, specs) if backend == "dask" else _by_joblib(run, specs, backend, jobs, threads)
+    with contextlib.closing(answers):
+        for name, done, failure, fatal in answers:
+            if fatal:
+                raise SweepError(f"{failure} (finished runs are stored)")
+            yield name, done, failure
+
+
+def _by_joblib(run: Run, specs: list[RunSpec], backend: str, jobs: int, threads: int) -> Answers:
     jobs = min(jobs, len(specs))
     name = "sequential" if jobs == 1 and backend == "loky" else backend
     options = {"inner_max_num_threads": threads} if name == "loky" else {}
-    tasks = (joblib.delayed(_one)(store, spec, compute, threads, wait) for spec in specs)
     with joblib.parallel_config(backend=name, n_jobs=jobs, **options):
         try:
-            for run, done, failure, fatal in joblib.Parallel(return_as="generator_unordered")(tasks):
-                if fatal:
-                    raise SweepError(f"{failure} (finished runs are stored)")
-                yield run, done, failure
+            yield from joblib.Parallel(return_as="generator_unordered")(joblib.delayed(run)(spec) for spec in specs)
         except concurrent.futures.BrokenExecutor as error:
-            raise SweepError(
-                "a worker process was killed, perhaps for want of memory; finished runs are stored: "
-                "start again, with fewer jobs if memory is short"
-            ) from error
+            raise SweepError(KILLED) from error
+
+
+def _on_cluster(run: Run, specs: list[RunSpec]) -> Answers:
+    """Not by joblib: it computes in this process what is for a cluster of one worker, and has no use for later ones."""
+    distributed = _distributed()
+    client = distributed.get_client()
+    if not client.nthreads():
+        address = client.scheduler.address
+        tqdm.write(f"no worker yet; waiting for one: dask worker {address} --nthreads 1", file=sys.stderr)
+    futures = client.map(functools.partial(_in_worker, run), specs, pure=False)
+    try:
+        for _, answer in distributed.as_completed(futures, with_results=True):
+            if isinstance(answer, BaseException):  # of a run that was called off, for the connection is lost
+                raise SweepError("the Dask scheduler is gone; finished runs are stored: start again when it is back")
+            yield answer
+    except distributed.KilledWorker as error:
+        raise SweepError(KILLED) from error
+    finally:
+        client.cancel(futures)
+
+
+def _in_worker(run: Run, spec: RunSpec) -> Answer:
+    threads = _distributed().get_worker().state.nthreads
+    if threads > 1:
+        return spec.name, False, f"a Dask worker must have one thread (--nthreads 1), not {threads}", True
+    return run(spec)
 
 
 @dataclass(frozen=True)
@@ -209,11 +248,8 @@ def audit(
     return rows
 
 
-def _one(store: RunStore, spec: RunSpec, compute: Compute, threads: int, wait: bool) -> tuple[str, bool, str, bool]:
-    """Compute one run in a worker; an error comes back as text, so that one bad run does not stop the others.
-
-    Returns the run's name, whether it is stored, what failed, and whether that makes all other runs pointless.
-    """
+def _one(store: RunStore, spec: RunSpec, compute: Compute, threads: int, wait: bool) -> Answer:
+    """Compute one run in a worker; an error comes back as text, so that one bad run does not stop the others."""
     try:
         if store.made_by and store.made_by["code"] != environment()["code"]:
             return spec.name, False, "the code changed while the sweep ran: start it again", True

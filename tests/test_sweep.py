@@ -8,9 +8,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from sweep_child import compute, specs
+from sweep_child import compute, processes, specs
 
 from condcomp_lib.datasets import DataError
 from condcomp_lib.errors import CondcompError, UsageError
@@ -201,37 +202,55 @@ def test_dask_without_dask_says_what_to_install(store, monkeypatch):
         sweep(specs(1), compute, store, backend="dask")
 
 
-def dask(*arguments, log):
-    """A process of a Dask cluster on this machine."""
-    kind, *rest = arguments
-    command = f"from distributed.cli.dask_{kind} import main; main()"
-    environment = {**os.environ, "PYTHONPATH": str(CHILD.parent), "SWEEP_CHILD_LOG": str(log),
-                   "SWEEP_CHILD_SECONDS": "0.1"}  # fmt: skip
-    return subprocess.Popen(
-        [sys.executable, "-c", command, *rest, "--no-dashboard"],
-        env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-    )  # fmt: skip
-
-
-def test_a_worker_of_a_cluster_killed_in_mid_run_loses_nothing(store, tmp_path):
+@pytest.fixture
+def cluster(tmp_path):
+    """The scheduler of a Dask cluster on this machine: its process, its address, and what starts a worker. It gives up
+    a run that has killed two of them."""
     pytest.importorskip("distributed")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        address, log = f"tcp://127.0.0.1:{free.getsockname()[1]}", tmp_path / "log"
-    port, worker = address.rpartition(":")[2], (address, "--nthreads", "1", "--no-nanny", "--host", "127.0.0.1")
-    cluster = [dask("scheduler", "--host", "127.0.0.1", "--port", port, log=log)]
-    cluster += [dask("worker", *worker, "--local-directory", str(tmp_path / str(i)), log=log) for i in range(2)]
+        address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    environment = {**os.environ, "PYTHONPATH": str(CHILD.parent), "SWEEP_CHILD_SECONDS": "0.1",
+                   "SWEEP_CHILD_WORKERS": "2", "DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES": "1"}  # fmt: skip
+    started = []
+
+    def start(kind, *arguments):
+        command = f"from distributed.cli.dask_{kind} import main; main()"
+        started.append(subprocess.Popen(
+            [sys.executable, "-c", command, *arguments, "--no-dashboard", "--host", "127.0.0.1"],
+            env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+        ))  # fmt: skip
+        return started[-1]
+
+    def worker(threads=1):
+        own = str(tmp_path / str(len(started)))
+        return start("worker", address, "--nthreads", str(threads), "--no-nanny", "--local-directory", own)
+
+    scheduler = start("scheduler", "--port", address.rpartition(":")[2])
+    yield SimpleNamespace(address=address, scheduler=scheduler, worker=worker)
+    for process in started:
+        process.kill()
+        process.wait(timeout=30)
+
+
+def test_a_worker_of_a_cluster_killed_in_mid_run_loses_nothing(store, cluster, tmp_path):
+    log = tmp_path / "log"
     child = subprocess.Popen(
-        [sys.executable, str(CHILD), str(store.folder), "2", "60", address],
-        env={**os.environ, "SWEEP_CHILD_LOG": str(log)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [sys.executable, str(CHILD), str(store.folder), "2", "60", cluster.address],
+        env={**os.environ, "SWEEP_CHILD_LOG": str(log)},  # the cluster gets the child's functions with their LOG
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:
+        assert any(f"no worker yet; waiting for one: dask worker {cluster.address}" in line for line in child.stderr)
+        workers = {process.pid: process for process in (cluster.worker(), cluster.worker())}
         deadline = time.monotonic() + 60
-        while not log.exists() or len({line.split()[1] for line in log.read_text().splitlines()}) < 2:
-            assert time.monotonic() < deadline, "the workers did not start"
+        while not log.exists() or len(processes(log)) < 2:
+            assert child.poll() is None, child.communicate()
+            assert time.monotonic() < deadline, "the workers got no runs"
             time.sleep(0.05)
+        assert set(processes(log)) == set(workers)  # it is they who compute, the second one, too
         before = contents(store)
-        os.killpg(cluster[-1].pid, signal.SIGKILL)
+        os.killpg(processes(log)[-1], signal.SIGKILL)
         out, said = child.communicate(timeout=120)
         assert child.returncode == 0, said
         assert out == "ready\ndone\n"
@@ -243,10 +262,36 @@ def test_a_worker_of_a_cluster_killed_in_mid_run_loses_nothing(store, tmp_path):
         assert len(ran) <= 61  # only what the killed one was at is done again
     finally:
         child.kill()
-        for process in cluster:
-            process.kill()
-            process.wait(timeout=30)
         child.communicate()
+
+
+def test_a_cluster_of_one_worker_computes_what_is_asked_of_it(store, cluster):
+    own = cluster.worker().pid
+    where = {"backend": "dask", "scheduler": cluster.address}
+    found = sweep(specs(3), lambda _: Outcome({"process": os.getpid()}), store, progress=False, **where)
+    assert [record.result["process"] for record in found] == [own] * 3
+
+
+def test_runs_that_kill_their_workers_or_the_scheduler_are_one_clear_line(store, cluster):
+    def kill(spec):
+        os.kill(victims.get(spec.settings["target_seed"], os.getpid()), signal.SIGKILL)
+        time.sleep(60)
+
+    workers, victims = [cluster.worker(), cluster.worker()], {}
+    with pytest.raises(SweepError, match="a worker process was killed"):
+        sweep(specs(1), kill, store, backend="dask", scheduler=cluster.address, progress=False)
+    assert [process.wait(timeout=30) for process in workers] == [-signal.SIGKILL] * 2
+    cluster.worker()
+    victims[0] = cluster.scheduler.pid
+    with pytest.raises(SweepError, match="the Dask scheduler is gone"):
+        sweep(specs(1), kill, store, backend="dask", scheduler=cluster.address, progress=False)
+
+
+def test_a_worker_of_two_threads_is_refused(store, cluster):
+    cluster.worker(2)
+    with pytest.raises(SweepError, match=r"must have one thread \(--nthreads 1\), not 2 \(finished runs are stored\)"):
+        sweep(specs(3), compute, store, backend="dask", scheduler=cluster.address, progress=False)
+    assert not list(store.records())
 
 
 def test_a_scheduler_that_is_not_there_or_not_asked_for_is_one_clear_line(store, monkeypatch):
