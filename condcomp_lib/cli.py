@@ -124,7 +124,7 @@ def run(
     study: Annotated[str, typer.Argument(help="the study's name (with it run those named NAME-...), or 'all'")],
     profile: Profile = "paper",
     jobs: Jobs = None,
-    backend: Annotated[str, typer.Option(help="joblib backend: loky (processes), sequential or dask")] = "loky",
+    backend: Annotated[str, typer.Option(help="loky (processes), sequential or dask (a cluster)")] = "loky",
     scheduler: Annotated[str | None, typer.Option(help="address of a Dask scheduler, tcp://...")] = None,
     threads: Annotated[int, typer.Option(min=1, help="torch threads of each process")] = 1,
 ) -> None:

@@ -242,13 +242,13 @@ def test_a_worker_of_a_cluster_killed_in_mid_run_loses_nothing(store, cluster, t
     )  # fmt: skip
     try:
         assert any(f"no worker yet; waiting for one: dask worker {cluster.address}" in line for line in child.stderr)
-        workers = {process.pid: process for process in (cluster.worker(), cluster.worker())}
+        workers = {cluster.worker().pid, cluster.worker().pid}
         deadline = time.monotonic() + 60
         while not log.exists() or len(processes(log)) < 2:
             assert child.poll() is None, child.communicate()
             assert time.monotonic() < deadline, "the workers got no runs"
             time.sleep(0.05)
-        assert set(processes(log)) == set(workers)  # it is they who compute, the second one, too
+        assert set(processes(log)) == workers  # it is they who compute, the second one, too
         before = contents(store)
         os.killpg(processes(log)[-1], signal.SIGKILL)
         out, said = child.communicate(timeout=120)

@@ -17,7 +17,6 @@ from condcomp_lib.kernels import FastLazy
 
 __all__ = ["export", "install", "lazify", "load", "save"]
 
-
 BATCHES = ("one", "per-example")  # what is calibrated for single examples is not for a mask that many share
 
 
@@ -43,8 +42,8 @@ def lazify(
 
     The partition is the one with which an oracle keeps most, the spread over the layers the one with which a policy
     does after a short training; the policy is trained to follow the oracle and then to keep the right answers, where
-    `data` has labels, and those that the model gives.
-    What comes out says in its `report` how accurate and how fast it is, on examples held back from all that.
+    `data` has labels, and those that the model gives. What comes out says in its `report` how accurate and how fast it
+    is, on examples held back from all that.
 
     Arguments: `model` a chain of Linear, ReLU or Tanh, BatchNorm1d, Dropout, Flatten: an nn.Sequential, or a module
     whose forward is one; it is not changed. `data` inputs, a pair of inputs and labels, a Dataset or a DataLoader;

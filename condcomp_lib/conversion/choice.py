@@ -33,8 +33,8 @@ GATE_SHARE = 0.2  # of the multiply-adds asked for that the first gate may take,
 POOLED = 256, 1024  # ... how many numbers of a picture it reads at most
 JUDGED = 1000  # examples on which an oracle judges what is to be chosen
 SPREADS = (0.0, 0.3, -0.3)  # how much more of the first hidden layer than of the last is evaluated
-ALIKE = 0.05  # two spreads that differ by less than this share of each layer's are one
 FIRING = 0.5  # ... or shares in proportion to this power of how often a layer fires
+ALIKE = 0.05  # two spreads that differ by less than this share of each layer's are one
 WARM, LATER, TUNED = 2, 20, 40  # epochs at most: after the oracle; then by right answers; then if weights learn, too
 STEPS = 3000  # ... where examples are few more of them, so that LATER is at least so many steps
 RATE, TUNING_RATE = 4e-3, 1e-3
@@ -217,7 +217,7 @@ def _run(
     for title, settings, share, most in phases:
         started = time.perf_counter()
         training = _made(lazy, examples, settings, shuffling, training)
-        most = max(most, STEPS * most // (LATER * -(-size // settings["batch"])))
+        most = most_epochs(most, size, settings["batch"])
         asked = None if epochs is None else min(epochs, WARM) if settings["estimator"] == "cross-entropy" else epochs
         planned = _planned(training, settings["batch"], size, seconds * share, asked, most)
         training.follow(planned, title if progress else None)
@@ -260,9 +260,7 @@ def pixels(examples: Examples, moved: int | None) -> int:
     return moved
 
 
-def _phases(
-    chosen: Chosen, examples: Examples, finetune: bool = False, moved: int = 0
-) -> list[Phase]:  # fmt: skip
+def _phases(chosen: Chosen, examples: Examples, finetune: bool = False, moved: int = 0) -> list[Phase]:
     """What is trained one after the other."""
     data, labelled = examples.data, examples.labelled
     common = {"tau": _tau(chosen), "rates": chosen.rates, "sparsity": "rate", "lambda_s": 1.0, "learning_rate": RATE,
@@ -294,6 +292,11 @@ def _made(
     if not examples.scores and training.known is not None:
         training.scale = max(training.known.var(correction=0).item(), 1e-12)
     return training
+
+
+def most_epochs(most: int, examples: int, batch: int) -> int:
+    """`most` epochs, or more where examples are few."""
+    return max(most, STEPS * most // (LATER * math.ceil(examples / batch)))
 
 
 def affordable(step: Callable[[], Tensor], seconds: float) -> int:

@@ -72,9 +72,7 @@ def collect(
     return Examples(kept, own.scores, own.labelled, own.labelled if other is None else other.labelled)
 
 
-def _reached(
-    model: nn.Module, block: Block, data: Any, seed: int, scores: bool | None, test: bool = False
-) -> _Reached:  # fmt: skip
+def _reached(model: nn.Module, block: Block, data: Any, seed: int, scores: bool | None, test: bool = False) -> _Reached:
     x, y = _tensors(data, seed)
     if len(x) < (1 if test else LEAST):
         wanted = "one example is needed to report" if test else f"{LEAST} examples are needed to calibrate"

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import mse_loss, softmax
 
 from condcomp_lib import kernels
-from condcomp_lib.conversion.choice import LATER, STEPS, TUNED, WARM, affordable, kept
+from condcomp_lib.conversion.choice import LATER, TUNED, WARM, affordable, kept, most_epochs
 from condcomp_lib.conversion.examples import Examples
 from condcomp_lib.fitting import fit, plan
 from condcomp_lib.kernels import FastLazy, timing
@@ -167,7 +167,7 @@ def control(
     batch = max(1, min(128, len(x) // 20))
     if epochs is None:
         epochs = affordable(lambda: loss(torch.arange(batch)), seconds) * batch // len(x)
-        epochs = max(1, min(epochs, max(WARM + most, STEPS * most // LATER * batch // len(x))))
+        epochs = max(1, min(epochs, sum(most_epochs(own, len(x), batch) for own in (WARM, most))))
     else:
         epochs += min(epochs, WARM)  # as many as the lazy network has had
     fit(small, loss, score, len(x), plan(epochs=epochs, batch=batch), draws)

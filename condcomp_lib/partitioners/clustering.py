@@ -50,14 +50,15 @@ def capacities(widths: Sequence[int], groups: int | Sequence[int], scope: str = 
     >>> capacities([4, 5], 3)
     [tensor([2, 1, 1]), tensor([1, 2, 2])]
     """
-    if not isinstance(groups, int):
+    if isinstance(groups, int):
+        check_groups(widths, groups, scope)
+        groups = [groups] * len(widths)
+    else:
         check_counts(widths, groups, scope, max(groups, default=0))
-        return [capacities([width], count)[0] for width, count in zip(widths, groups, strict=True)]
-    check_groups(widths, groups, scope)
     found, start = [], 0
-    for width in widths:
-        found.append(torch.bincount((start + torch.arange(width)) % groups, minlength=groups))
-        start = (start + width) % groups if scope == "network" else 0
+    for width, count in zip(widths, groups, strict=True):
+        found.append(torch.bincount((start + torch.arange(width)) % count, minlength=count))
+        start = (start + width) % count if scope == "network" else 0
     return found
 
 
